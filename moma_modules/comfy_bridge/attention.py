@@ -1,0 +1,100 @@
+"""Replacements for the UNet's attention calls. They hold no settings and no state: both come with each forward."""
+
+from collections.abc import Callable
+from copy import copy
+from typing import Any
+
+import torch
+from comfy.ldm.modules.attention import optimized_attention
+from torch import Tensor
+
+FORWARD = "moma_forward"
+"""Key of the current `Forward` in the transformer options."""
+
+
+class AttentionPatch:
+    """One entry of `patches_replace`: what sat in the slot before, plus MoMA, plus what others add.
+
+    `add` is the protocol by which the IPAdapter family shares a cross-attention slot.
+    """
+
+    def __init__(self, block: int, previous: Callable[..., Tensor] | None = None) -> None:
+        self.block = block
+        self.previous = previous
+        self.added: list[tuple[Callable[..., Tensor], dict[str, Any]]] = []
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        """q [R, T, C], k and v [R, L, C] after projection; returns [R, T, C] before `to_out`."""
+        if self.previous is not None:
+            out = self.previous(q, k, v, extra_options)
+        else:
+            out = plain_attention(q, k, v, extra_options)
+        forward = extra_options.get(FORWARD)
+        if forward is not None:
+            out = self.add_subjects(out, q, k, forward, extra_options)
+        for callback, kwargs in self.added:
+            if _within(extra_options, kwargs):
+                out = out + callback(out, q, k, v, extra_options, **kwargs)
+        return out
+
+    def add_subjects(self, out: Tensor, q: Tensor, k: Tensor, forward: Any, extra_options: dict[str, Any]) -> Tensor:
+        """Add what MoMA contributes to this layer."""
+        raise NotImplementedError
+
+    def add(self, callback: Callable[..., Tensor], **kwargs: Any) -> None:
+        """Add `callback(out, q, k, v, extra_options, **kwargs)` to this layer's output.
+
+        `sigma_start` and `sigma_end` among the kwargs limit it to that range, as IPAdapter's own patch does.
+        """
+        self.added.append((callback, kwargs))
+
+    def copy(self) -> "AttentionPatch":
+        """A patch of its own for a clone of the model, so that `add` on the clone leaves the original alone."""
+        other = copy(self)
+        other.added = list(self.added)
+        return other
+
+    def to(self, device_or_dtype: Any) -> "AttentionPatch":
+        """ComfyUI moves patches before sampling; there is nothing here to move."""
+        return self
+
+
+class SelfAttentionPatch(AttentionPatch):
+    """Adds attention to the reference's keys and values."""
+
+    def add_subjects(self, out: Tensor, q: Tensor, k: Tensor, forward: Any, extra_options: dict[str, Any]) -> Tensor:
+        """See `AttentionPatch.add_subjects`."""
+        return forward.add_shortcuts(out, q, self.block, extra_options)
+
+
+class CrossAttentionPatch(AttentionPatch):
+    """Adds attention to the image tokens and collects where the subject's text tokens are attended to."""
+
+    def add_subjects(self, out: Tensor, q: Tensor, k: Tensor, forward: Any, extra_options: dict[str, Any]) -> Tensor:
+        """See `AttentionPatch.add_subjects`."""
+        forward.collect_map(q, k, extra_options)
+        return forward.add_image_tokens(out, q, self.block, extra_options)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+    """What the UNet itself would compute, with ComfyUI's chosen attention."""
+    return optimized_attention(
+        q,
+        k,
+        v,
+        extra_options["n_heads"],
+        attn_precision=extra_options.get("attn_precision"),
+        transformer_options=extra_options,
+    )
+
+
+def attend_shared(q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+    """Attention of all rows of q [R, T, C] to the same keys and values [1, N, C]."""
+    return plain_attention(q.reshape(1, -1, q.shape[2]), k, v, extra_options).view(q.shape)
+
+
+def _within(extra_options: dict[str, Any], kwargs: dict[str, Any]) -> bool:
+    if "sigma_start" not in kwargs or "sigmas" not in extra_options:
+        return True
+    sigma = float(torch.max(extra_options["sigmas"]))
+    return kwargs["sigma_end"] <= sigma <= kwargs["sigma_start"]

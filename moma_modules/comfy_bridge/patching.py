@@ -1,0 +1,63 @@
+"""Putting settings, wrappers and attention patches on a clone of a MODEL."""
+
+from typing import Any
+
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+
+from . import run
+from .attention import AttentionPatch, CrossAttentionPatch, SelfAttentionPatch
+from .settings import KEY, Settings
+from .unet import BLOCKS
+
+_WRAPPERS = (
+    (WrappersMP.OUTER_SAMPLE, run.outer_sample),
+    (WrappersMP.SAMPLER_SAMPLE, run.sampler_sample),
+    (WrappersMP.PREDICT_NOISE, run.predict_noise),
+    (WrappersMP.CALC_COND_BATCH, run.calc_cond_batch),
+    (WrappersMP.DIFFUSION_MODEL, run.diffusion_model),
+)
+_SLOTS: tuple[tuple[str, type[AttentionPatch]], ...] = (("attn1", SelfAttentionPatch), ("attn2", CrossAttentionPatch))
+
+
+def settings_of(model: Any) -> Settings | None:
+    """The MoMA settings on a MODEL, or None if it was not through our nodes."""
+    return model.get_attachment(KEY)
+
+
+def patched(model: Any, settings: Settings) -> Any:
+    """A clone of `model` that runs with `settings`; `model` is unchanged.
+
+    Applying settings to a model that has some already replaces them and installs nothing twice.
+    """
+    clone = model.clone()
+    clone.set_attachments(KEY, settings)
+    adapters = {id(s.adapter.module): s.adapter.patcher for s in settings.subjects}
+    clone.set_additional_models(KEY, list(adapters.values()))
+    for kind, wrapper in _WRAPPERS:
+        clone.remove_wrappers_with_key(kind, KEY)
+        clone.add_wrapper_with_key(kind, KEY, wrapper)
+    clone.remove_callbacks_with_key(CallbacksMP.ON_CLONE, KEY)
+    clone.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, _own_patches)
+    for slot, patch in _SLOTS:
+        for block, (name, number) in enumerate(BLOCKS):
+            _install(clone, slot, patch, block, name, number)
+    return clone
+
+
+def _install(clone: Any, slot: str, patch: type[AttentionPatch], block: int, name: str, number: int) -> None:
+    taken = clone.model_options["transformer_options"].get("patches_replace", {}).get(slot, {})
+    # A replacement registered for the transformer inside the block hides one for the block.
+    index = 0 if (name, number, 0) in taken else None
+    previous = taken.get((name, number, 0) if index == 0 else (name, number))
+    if isinstance(previous, patch):
+        return
+    setter = clone.set_model_attn1_replace if slot == "attn1" else clone.set_model_attn2_replace
+    setter(patch(block, previous), name, number, index)
+
+
+def _own_patches(_: Any, clone: Any) -> None:
+    """ON_CLONE: ComfyUI's clones share patch objects; ours can be added to, so each clone gets its own."""
+    for slots in clone.model_options["transformer_options"].get("patches_replace", {}).values():
+        for place, patch in slots.items():
+            if isinstance(patch, AttentionPatch):
+                slots[place] = patch.copy()

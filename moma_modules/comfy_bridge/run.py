@@ -1,0 +1,284 @@
+"""One sampling run: its state, and the wrappers through which ComfyUI's sampling reaches it.
+
+`outer_sample` makes a fresh `RunState` for every run and drops it at the end, also after an interrupt or an error.
+It travels in the run's own copy of the transformer options; nothing is kept on the model, in a module or in a patch.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_patcher
+import comfy.samplers
+import comfy.utils
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from ..subject_mask import subject_mask
+from .attention import FORWARD
+from .conditioning import attach_rows, subjects_in, take_rows
+from .forward import Forward, SubjectRun
+from .reference import reference_keys_values
+from .settings import KEY, Settings, SubjectSettings, Window
+from .unet import BLOCKS
+
+
+class RunState:
+    """What one run has computed so far. A class, so that ComfyUI's copies of the options share it.
+
+    Attributes:
+        subjects: Set when sampling starts.
+        masks: [S, B, H, W] in 0..1 after the last evaluation; None before the first one has ended.
+        collecting: Whether the current call belongs to the guider's own evaluation of the prompts.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.subjects: tuple[SubjectRun, ...] = ()
+        self.masks: Tensor | None = None
+        self.collecting = False
+        self._found: list[bool] = []
+        self._gates: tuple[_Gate, ...] = ()
+        self._evaluation: _Evaluation | None = None
+        self._model_options: Any = None
+        self._canvas: tuple[int, int, int] = (0, 0, 0)
+
+    def prepare(self, guider: Any, model_options: dict[str, Any], noise: Tensor) -> None:
+        """With the model loaded and the prompts processed: mark the rows, run the reference passes."""
+        keys = [entry.subject.key for entry in self.settings.subjects]
+        self._canvas = (noise.shape[0], *noise.shape[-2:])
+        self._found = subjects_in(guider.conds, keys)
+        attach_rows(guider.conds, keys, noise)
+        options = model_options["transformer_options"]
+        self.subjects = tuple(
+            _subject_run(entry, guider.inner_model, options, noise) for entry in self.settings.subjects
+        )
+        sampling = guider.inner_model.model_sampling
+        self._gates = tuple(_Gate.of(entry, sampling) for entry in self.settings.subjects)
+
+    def begin_evaluation(self, model_options: dict[str, Any], device: torch.device) -> None:
+        """A guider starts to evaluate its prompts at one noise level."""
+        self._model_options = model_options
+        self._evaluation = _Evaluation(len(self.subjects), self._canvas, device) if any(self._found) else None
+
+    def end_evaluation(self) -> None:
+        """The maps that came together become the masks of the next evaluation."""
+        if self._evaluation is not None and self._evaluation.has_maps:
+            self.masks = self._evaluation.masks()
+        self._evaluation = None
+        self._model_options = None
+
+    def is_own_call(self, model_options: dict[str, Any]) -> bool:
+        """False for extra calls within an evaluation (PAG, skip-layer guidance): they change the options first."""
+        return model_options is self._model_options
+
+    def forward(self, rows: Any, x: Tensor, sigma: Tensor | None) -> Forward:
+        """What the layers of one UNet forward need."""
+        factors = [self._factors(i, sigma, x.device) for i in range(len(self.subjects))]
+        collect = self.collecting and self._evaluation is not None
+        size = (x.shape[-2], x.shape[-1])
+        return Forward(
+            subjects=self.subjects,
+            rows=rows,
+            cross_factors=tuple(cross for cross, _ in factors),
+            self_factors=tuple(own for _, own in factors),
+            size=size,
+            map_sum=torch.zeros(x.shape[0], len(self.subjects), *size, device=x.device) if collect else None,
+        )
+
+    def finish_forward(self, forward: Forward) -> None:
+        """Put the forward's maps in their places on the canvas."""
+        if forward.map_count and self._evaluation is not None:
+            self._evaluation.add(forward)
+
+    def final_masks(self) -> dict[str, Tensor]:
+        """{subject key: [B, H, W]}; all ones for a subject whose tokens no positive prompt had."""
+        ones = torch.ones(self._canvas)
+        return {
+            run.settings.subject.key: self.masks[i] if self.masks is not None and self._found[i] else ones
+            for i, run in enumerate(self.subjects)
+        }
+
+    def clear(self) -> None:
+        """Let go of everything on the device."""
+        self.subjects, self.masks, self._evaluation, self._model_options = (), None, None, None
+
+    def _factors(self, i: int, sigma: Tensor | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        run, gate = self.subjects[i], self._gates[i]
+        mask = torch.ones(self._canvas, device=device)
+        if self.masks is not None and self._found[i]:
+            mask = self.masks[i]
+        image_tokens, shortcut = run.settings.image_tokens, run.settings.shortcut
+        cross = own = None
+        if image_tokens is not None and image_tokens.weight != 0:
+            cross = gate.cross.apply(_times(mask, run.cross_area) * image_tokens.weight, sigma)
+        if shortcut is not None and shortcut.strength != 0:
+            own = gate.shortcut.apply(_times(mask, run.self_area) * shortcut.strength, sigma)
+        return cross, own
+
+
+@dataclass(frozen=True)
+class _Range:
+    """Noise levels in which something applies: end <= sigma <= start."""
+
+    start: float
+    end: float
+
+    def apply(self, factor: Tensor, sigma: Tensor | None) -> Tensor:
+        # Multiplied rather than branched on: reading sigma would make the CPU wait for the GPU in every step.
+        if sigma is None:
+            return factor
+        level = sigma.flatten()[0]
+        return factor * ((level <= self.start) & (level >= self.end))
+
+
+@dataclass(frozen=True)
+class _Gate:
+    """The noise ranges of a subject's two parts."""
+
+    cross: _Range
+    shortcut: _Range
+
+    @classmethod
+    def of(cls, entry: SubjectSettings, model_sampling: Any) -> "_Gate":
+        def span(part: Any) -> _Range:
+            window = Window() if part is None else part.window
+            sigma = model_sampling.percent_to_sigma
+            return _Range(float(sigma(window.start)), float(sigma(window.end)))
+
+        return cls(span(entry.image_tokens), span(entry.shortcut))
+
+
+class _Evaluation:
+    """Attention maps of one evaluation, gathered on a canvas [S, 2, B * H * W] (negative, positive)."""
+
+    def __init__(self, subjects: int, canvas: tuple[int, int, int], device: torch.device) -> None:
+        self.canvas = canvas
+        self.sums = torch.zeros(subjects, 2, canvas[0] * canvas[1] * canvas[2], device=device)
+        self.counts = torch.zeros_like(self.sums)
+        self.has_maps = False
+
+    def add(self, forward: Forward) -> None:
+        assert forward.map_sum is not None
+        rows = forward.rows
+        maps = forward.map_sum / forward.map_count
+        known = rows.tokens.amax(dim=2).to(maps.dtype)[..., None, None].expand_as(maps)
+        places = (rows.positive.view(-1, 1, 1, 1) * self.sums.shape[2] + rows.pixels).flatten()
+        for canvas, values in ((self.sums, maps * known), (self.counts, known)):
+            canvas.view(canvas.shape[0], -1).index_add_(1, places, values.transpose(0, 1).flatten(1))
+        self.has_maps = True
+
+    def masks(self) -> Tensor:
+        subjects, (batch, height, width) = self.sums.shape[0], self.canvas
+        by_image = (subjects, 2, batch, height * width)
+        maps = (self.sums / self.counts.clamp(min=1)).view(by_image).transpose(1, 2)
+        covered = (self.counts > 0).view(by_image).transpose(1, 2)
+        return subject_mask(maps, covered).view(subjects, batch, height, width)
+
+
+def _subject_run(entry: SubjectSettings, model: Any, options: dict[str, Any], noise: Tensor) -> SubjectRun:
+    tokens: dict[int, tuple[Tensor, Tensor]] = {}
+    reference: dict[int, tuple[Tensor, Tensor]] = {}
+    if entry.image_tokens is not None and entry.image_tokens.weight != 0:
+        tokens = _image_tokens(entry, noise.device, model.get_dtype_inference())
+    if entry.shortcut is not None and entry.shortcut.strength != 0:
+        reference = reference_keys_values(model, entry, entry.shortcut, options, noise.device)
+    return SubjectRun(
+        settings=entry,
+        image_tokens=tokens,
+        reference=reference,
+        cross_area=_area(entry.image_tokens, noise),
+        self_area=_area(entry.shortcut, noise),
+    )
+
+
+def _image_tokens(entry: SubjectSettings, device: torch.device, dtype: torch.dtype) -> dict[int, tuple[Tensor, Tensor]]:
+    """Keys and values of the image tokens per block, for negative rows (embedding 0) and positive rows."""
+    embedding = entry.subject.embedding.to(device, dtype)
+    module = entry.adapter.module
+    tokens = module.projector(torch.cat([torch.zeros_like(embedding), embedding]))
+    layers = [module.layers[2 * block + 1] for block in range(len(BLOCKS))]
+    return {block: (layer.to_k_ip(tokens), layer.to_v_ip(tokens)) for block, layer in enumerate(layers)}
+
+
+def _area(part: Any, noise: Tensor) -> Tensor | None:
+    """A region mask on the run's canvas [B, H, W]."""
+    if part is None or part.window.region is None:
+        return None
+    region = part.window.region.to(noise.device, torch.float32)
+    resized = interpolate(region[:, None], size=noise.shape[-2:], mode="area")[:, 0]
+    return comfy.utils.repeat_to_batch_size(resized, noise.shape[0])
+
+
+def _times(mask: Tensor, area: Tensor | None) -> Tensor:
+    return mask if area is None else mask * area
+
+
+def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """OUTER_SAMPLE: gives the run its state, and logs the masks of a run that ended well."""
+    guider = executor.class_obj
+    settings = guider.model_patcher.get_attachment(KEY)
+    if guider.model_patcher.get_additional_models_with_key("multigpu"):
+        raise ValueError("MoMA does not work with MultiGPU work units: remove that node from this model.")
+    original = guider.model_options
+    guider.model_options = comfy.model_patcher.create_model_options_clone(original)
+    state = RunState(settings)
+    guider.model_options["transformer_options"][KEY] = state
+    try:
+        samples = executor(*args, **kwargs)
+        settings.log.record(samples, state.final_masks())
+        return samples
+    finally:
+        state.clear()
+        guider.model_options = original
+
+
+def sampler_sample(executor: Any, guider: Any, sigmas: Any, extra_args: Any, callback: Any, noise: Any, *args: Any) -> Any:
+    """SAMPLER_SAMPLE: the model is loaded and the prompts are processed; sampling is about to start."""
+    model_options = extra_args["model_options"]
+    state = _state(model_options)
+    if state is not None:
+        state.prepare(guider, model_options, noise)
+    return executor(guider, sigmas, extra_args, callback, noise, *args)
+
+
+def predict_noise(executor: Any, x: Any, timestep: Any, model_options: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """PREDICT_NOISE: one evaluation of all prompts."""
+    state = _state(model_options)
+    if state is None:
+        return executor(x, timestep, model_options, *args, **kwargs)
+    state.begin_evaluation(model_options, x.device)
+    out = executor(x, timestep, model_options, *args, **kwargs)
+    state.end_evaluation()
+    return out
+
+
+def calc_cond_batch(executor: Any, model: Any, conds: Any, x_in: Any, timestep: Any, model_options: Any) -> Any:
+    """CALC_COND_BATCH: the evaluation itself, or an extra call by a guidance node within it."""
+    state = _state(model_options)
+    if state is None:
+        return executor(model, conds, x_in, timestep, model_options)
+    state.collecting = state.is_own_call(model_options)
+    try:
+        return executor(model, conds, x_in, timestep, model_options)
+    finally:
+        state.collecting = False
+
+
+def diffusion_model(
+    executor: Any, x: Any, timesteps: Any, context: Any, y: Any, control: Any, transformer_options: Any, **kwargs: Any
+) -> Any:
+    """DIFFUSION_MODEL: one forward of the UNet over some rows."""
+    rows = take_rows(kwargs)
+    state = transformer_options.get(KEY)
+    if rows is None or state is None:
+        return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
+    forward = state.forward(rows, x, transformer_options.get("sigmas"))
+    options = {**transformer_options, FORWARD: forward}
+    out = executor(x, timesteps, context, y, control, options, **kwargs)
+    state.finish_forward(forward)
+    return out
+
+
+def _state(model_options: dict[str, Any] | None) -> RunState | None:
+    return (model_options or {}).get("transformer_options", {}).get(KEY)

@@ -1,0 +1,78 @@
+"""What our nodes leave on a patched MODEL: frozen settings, and the log of finished runs."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from ..adapter import Adapter
+from ..subject import Subject
+from .run_log import RunLog
+
+KEY = "moma"
+"""Our key for attachments, wrappers, callbacks, additional models and transformer options."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """When and where something applies.
+
+    Attributes:
+        start: Fraction of the noise schedule from which it applies (0 = from the start).
+        end: Fraction of the noise schedule up to which it applies (1 = to the end).
+        region: None, or [B, h, w] in 0..1 of any size: limits the effect to a part of the picture.
+    """
+
+    start: float = 0.0
+    end: float = 1.0
+    region: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """Cross-attention to the subject's image tokens, times `weight`."""
+
+    weight: float = 1.0
+    window: Window = Window()
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """Self-attention to the reference's keys and values, times `strength`.
+
+    Attributes:
+        latent: VAE encoding of the reference [1, 4, h, w], as a VAE gives it (not scaled).
+        text: CLIP encoding of the bare subject word(s) [1, L, context].
+        noise: Standard normal noise like `latent`, for the reference pass.
+    """
+
+    latent: Tensor
+    text: Tensor
+    noise: Tensor
+    strength: float = 1.0
+    window: Window = Window(start=0.05)
+
+
+@dataclass(frozen=True)
+class SubjectSettings:
+    """Everything that applies to one subject in a run."""
+
+    subject: Subject
+    adapter: Adapter
+    image_tokens: ImageTokens | None = None
+    shortcut: Shortcut | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The attachment of a patched MODEL. Frozen: clones share it."""
+
+    subjects: tuple[SubjectSettings, ...] = ()
+    log: RunLog = field(default_factory=RunLog)
+
+    def with_subject(self, subject: Subject, adapter: Adapter, **parts: Any) -> "Settings":
+        """Add a subject, or change its parts (`image_tokens`, `shortcut`) if it is there already."""
+        entry = next((s for s in self.subjects if s.subject.key == subject.key), SubjectSettings(subject, adapter))
+        changed = replace(entry, adapter=adapter, **parts)
+        others = tuple(s for s in self.subjects if s.subject.key != subject.key)
+        return replace(self, subjects=(*others, changed))

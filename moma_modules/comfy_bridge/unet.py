@@ -1,0 +1,72 @@
+"""The SD1.5 UNet's attention layers: where they are, and whether a model has them."""
+
+from typing import Any
+
+from ..adapter import Adapter
+
+BLOCKS: tuple[tuple[str, int], ...] = (
+    *(("input", i) for i in (1, 2, 4, 5, 7, 8)),
+    *(("output", i) for i in range(3, 12)),
+    ("middle", 0),
+)
+"""Blocks with attention in the adapter's order: block j has self-attention layer 2j and cross-attention layer 2j + 1."""
+
+
+def check_model(model: Any, adapter: Adapter) -> None:
+    """Check that a MODEL is a UNet of SD1.5's layout whose layers fit the adapter.
+
+    Raises:
+        ValueError: Naming the input, what the model is and what to do.
+    """
+    name = type(getattr(model.model, "model_config", model.model)).__name__
+    try:
+        sizes, context = _layer_sizes(model.model.diffusion_model)
+    except LookupError as error:
+        raise ValueError(
+            f"model is {name}; MoMA's adapter works with SD1.5 checkpoints only ({error}). Load an SD1.5 checkpoint."
+        ) from error
+    if context != adapter.context_size:
+        raise ValueError(
+            f"model is {name} with text embeddings of size {context}; the adapter {adapter.name} was made for size "
+            f"{adapter.context_size} (SD1.5). Load an SD1.5 checkpoint."
+        )
+    if sizes != adapter.layer_sizes:
+        layer = next(i for i in range(len(sizes)) if sizes[i] != adapter.layer_sizes[i])
+        raise ValueError(
+            f"model is {name}; its attention layer {layer} has {sizes[layer]} channels, the adapter {adapter.name} "
+            f"has {adapter.layer_sizes[layer]}. Load an SD1.5 checkpoint."
+        )
+
+
+def _layer_sizes(unet: Any) -> tuple[tuple[int, ...], int]:
+    """Channels of the 32 attention layers in the adapter's order, and the size of the text embedding."""
+    modules = {
+        (name, i): _transformer(block)
+        for name in ("input", "middle", "output")
+        for i, block in enumerate(_blocks(unet, name))
+    }
+    found = {place for place, transformer in modules.items() if transformer is not None}
+    if found != set(BLOCKS):
+        raise LookupError("its attention layers are elsewhere")
+    sizes: list[int] = []
+    context = 0
+    for place in BLOCKS:
+        blocks = modules[place].transformer_blocks
+        if len(blocks) != 1 or getattr(blocks[0], "attn2", None) is None:
+            raise LookupError("it has several transformer layers in a block")
+        sizes += [blocks[0].attn1.to_k.out_features, blocks[0].attn2.to_k.out_features]
+        context = blocks[0].attn2.to_k.in_features
+    return tuple(sizes), context
+
+
+def _blocks(unet: Any, name: str) -> list[Any]:
+    blocks = getattr(unet, f"{name}_block" if name == "middle" else f"{name}_blocks", None)
+    if blocks is None:
+        raise LookupError("it is not a UNet")
+    # The middle block is one sequence of layers, the others are lists of such.
+    return [blocks] if name == "middle" else list(blocks)
+
+
+def _transformer(block: Any) -> Any:
+    found = [layer for layer in block if hasattr(layer, "transformer_blocks")]
+    return found[0] if found else None
