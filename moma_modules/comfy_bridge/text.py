@@ -1,0 +1,54 @@
+"""Encoding text with a CLIP, and knowing where in it the subject is."""
+
+import logging
+from typing import Any
+
+from torch import Tensor
+
+from ..subject import Subject
+from ..subject_tokens import fill_template, find_subject
+from .conditioning import mark_tokens
+
+CLIP_KEY = "l"
+"""ComfyUI's name for the one text encoder of SD1.5."""
+
+
+def encode_prompt(clip: Any, subject: Subject, prompt: str, template: str) -> tuple[list, str, str | None]:
+    """Encode the positive prompt for a subject.
+
+    Returns:
+        The CONDITIONING, the full text, and a warning if the subject does not occur in it (then there is no subject
+        mask: the subject's features reach the whole picture).
+
+    Raises:
+        ValueError: The CLIP is not SD1.5's.
+    """
+    text = fill_template(template, subject.word, prompt)
+    tokens = _tokenize(clip, text)
+    words = [_tokenize(clip, word)[CLIP_KEY] for word in subject.word.split()]
+    positions = find_subject(tokens[CLIP_KEY], words)
+    conditioning = clip.encode_from_tokens_scheduled(tokens)
+    warning = None
+    if not positions:
+        warning = (
+            f"MoMA: the subject {subject.word!r} is not among the words of the prompt {text!r}. The automatic subject "
+            "mask is off, and the subject's features reach the whole picture. Say the subject word in the prompt."
+        )
+        logging.warning(warning)
+    return mark_tokens(conditioning, {subject.key: positions}), text, warning
+
+
+def encode_word(clip: Any, word: str) -> Tensor:
+    """The bare subject word(s) for the reference pass: [1, L, context]."""
+    encoded = clip.encode_from_tokens(_tokenize(clip, word))
+    return encoded.detach().to("cpu")
+
+
+def _tokenize(clip: Any, text: str) -> dict[str, list]:
+    tokens = clip.tokenize(text)
+    if set(tokens) != {CLIP_KEY}:
+        raise ValueError(
+            f"clip is not the text encoder of an SD1.5 checkpoint (its parts are {', '.join(sorted(tokens))}). Connect "
+            "the CLIP of the checkpoint that MODEL comes from."
+        )
+    return tokens

@@ -1,0 +1,37 @@
+"""The nodes: thin V3 classes over `moma_modules`."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from ..moma_modules.comfy_bridge.folders import register_folders
+from .conditioning import TextEncode
+from .loaders import LoadAdapter, LoadMllm
+from .mask import SubjectMask
+from .patches import ApplyAdapter, SelfAttnShortcut
+from .subject import ExtractSubject, LoadSubject, SaveSubject
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadMllm,
+    LoadAdapter,
+    ExtractSubject,
+    TextEncode,
+    ApplyAdapter,
+    SelfAttnShortcut,
+    SubjectMask,
+    SaveSubject,
+    LoadSubject,
+]
+
+
+class MomaExtension(ComfyExtension):
+    """What ComfyUI loads."""
+
+    async def on_load(self) -> None:
+        register_folders()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> MomaExtension:
+    """ComfyUI's entry into the pack."""
+    return MomaExtension()

@@ -1,0 +1,51 @@
+"""MoMA Text Encode."""
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..moma_modules.comfy_bridge.text import encode_prompt
+from ..moma_modules.subject import Subject
+from ..moma_modules.subject_tokens import PROMPT_TEMPLATE
+from .types import CATEGORY, SEARCH_ALIASES, MomaSubject
+
+
+class TextEncode(io.ComfyNode):
+    """A positive conditioning that knows where the subject's tokens are."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MoMATextEncode",
+            display_name="MoMA Text Encode",
+            category=CATEGORY,
+            search_aliases=[*SEARCH_ALIASES, "prompt"],
+            description="Encodes 'photo of a {subject}. {prompt}' and remembers where the subject is in it. Use it for "
+            "the positive prompt; any text encoder will do for the negative one.",
+            inputs=[
+                io.Clip.Input("clip", tooltip="The CLIP of the SD1.5 checkpoint."),
+                MomaSubject.Input("subject", tooltip="From Extract Subject Features or Load MoMA Subject."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="",
+                    tooltip="Empty: the prompt that the subject was extracted for. Another text works too, and saves a "
+                    "run of the MLLM, but follows the prompt less closely.",
+                ),
+                io.String.Input(
+                    "template",
+                    default=PROMPT_TEMPLATE,
+                    tooltip="The text around it. {subject} and {prompt} are filled in; MoMA was trained with the default.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output("positive", display_name="positive"),
+                io.String.Output("text", display_name="text", tooltip="The full prompt that was encoded."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip: Any, subject: Subject, prompt: str, template: str) -> io.NodeOutput:
+        conditioning, text, warning = encode_prompt(clip, subject, prompt.strip() or subject.prompt, template)
+        return io.NodeOutput(conditioning, text, ui=ui.PreviewText(warning) if warning else None)

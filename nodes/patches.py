@@ -1,0 +1,186 @@
+"""Apply MoMA Adapter, Self-Attn Shortcut."""
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..moma_modules.adapter import Adapter
+from ..moma_modules.comfy_bridge.patching import patched, settings_of
+from ..moma_modules.comfy_bridge.settings import ImageTokens, Settings, Shortcut, Window
+from ..moma_modules.comfy_bridge.text import encode_word
+from ..moma_modules.comfy_bridge.unet import check_model
+from ..moma_modules.subject import Subject
+from .types import CATEGORY, SEARCH_ALIASES, MomaAdapter, MomaSubject
+
+
+def _window_inputs(start: float, start_tooltip: str) -> list[io.Input]:
+    return [
+        io.Float.Input(
+            "start_percent", default=start, min=0.0, max=1.0, step=0.001, tooltip=start_tooltip, advanced=True
+        ),
+        io.Float.Input(
+            "end_percent",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.001,
+            tooltip="Fraction of the noise schedule (0..1) after which it stops.",
+            advanced=True,
+        ),
+    ]
+
+
+def _region_input() -> io.Input:
+    return io.Mask.Input(
+        "region_mask",
+        optional=True,
+        tooltip="Where in the new picture the subject may appear, 1 = yes; any size, one or one per picture of the batch. "
+        "Works together with the automatic subject mask.",
+    )
+
+
+def _window(start_percent: float, end_percent: float, region_mask: torch.Tensor | None) -> Window:
+    if start_percent > end_percent:
+        raise ValueError(f"start_percent {start_percent} is after end_percent {end_percent}.")
+    if region_mask is None:
+        return Window(start_percent, end_percent)
+    region = region_mask if region_mask.ndim == 3 else region_mask.reshape(-1, *region_mask.shape[-2:])
+    if region.numel() == 0 or not region.isfinite().all():
+        raise ValueError(f"region_mask is empty or holds NaN (shape {tuple(region_mask.shape)}).")
+    return Window(start_percent, end_percent, region.detach().to("cpu", torch.float32).clamp(0, 1))
+
+
+def _check(model: Any, adapter: Adapter, subject: Subject) -> Settings:
+    check_model(model, adapter)
+    if subject.adapter_identity != adapter.identity:
+        raise ValueError(
+            f"subject was extracted with another adapter ({subject.adapter_identity[:12]}) than {adapter.name} "
+            f"({adapter.identity[:12]}). Load that adapter, or extract the subject again with this one."
+        )
+    if subject.embedding.shape[1] != adapter.embedding_size:
+        raise ValueError(
+            f"subject has an embedding of size {subject.embedding.shape[1]}, adapter {adapter.name} takes "
+            f"{adapter.embedding_size}. Extract the subject again with this adapter."
+        )
+    return settings_of(model) or Settings()
+
+
+class ApplyAdapter(io.ComfyNode):
+    """Cross-attention to the subject's image tokens."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MoMAApplyAdapter",
+            display_name="Apply MoMA Adapter",
+            category=CATEGORY,
+            search_aliases=SEARCH_ALIASES,
+            description="Lets the model see the subject's features (decoupled cross-attention). It carries what the "
+            "subject is; Self-Attn Shortcut carries its details.",
+            inputs=[
+                io.Model.Input("model", tooltip="An SD1.5 model, with or without LoRAs."),
+                MomaAdapter.Input("adapter", tooltip="From Load MoMA Adapter."),
+                MomaSubject.Input("subject", tooltip="From Extract Subject Features or Load MoMA Subject."),
+                io.Float.Input(
+                    "weight",
+                    default=1.0,
+                    min=0.0,
+                    max=3.0,
+                    step=0.05,
+                    tooltip="How strongly the features act. 1 is what MoMA was trained with; 0 is off.",
+                ),
+                *_window_inputs(0.0, "Fraction of the noise schedule (0..1) from which it acts."),
+                _region_input(),
+            ],
+            outputs=[io.Model.Output("model", display_name="model")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        adapter: Adapter,
+        subject: Subject,
+        weight: float,
+        start_percent: float,
+        end_percent: float,
+        region_mask: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        settings = _check(model, adapter, subject)
+        part = ImageTokens(weight, _window(start_percent, end_percent, region_mask))
+        return io.NodeOutput(patched(model, settings.with_subject(subject, adapter, image_tokens=part)))
+
+
+class SelfAttnShortcut(io.ComfyNode):
+    """Self-attention to the reference picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MoMASelfAttnShortcut",
+            display_name="Self-Attn Shortcut",
+            category=CATEGORY,
+            search_aliases=SEARCH_ALIASES,
+            description="Carries the subject's details: the model also attends to the reference picture itself, looked "
+            "at once at the start of each run.",
+            inputs=[
+                io.Model.Input("model", tooltip="An SD1.5 model, before or after Apply MoMA Adapter."),
+                MomaAdapter.Input("adapter", tooltip="From Load MoMA Adapter."),
+                MomaSubject.Input("subject", tooltip="From Extract Subject Features or Load MoMA Subject."),
+                io.Vae.Input("vae", tooltip="The VAE of the SD1.5 checkpoint; encodes the reference picture."),
+                io.Clip.Input("clip", tooltip="The CLIP of the SD1.5 checkpoint; encodes the subject word."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="1.0 for the same subject in a new context (at most 1.2); 0.4 for a new texture or material "
+                    "(at most 0.6). 0 is off.",
+                ),
+                *_window_inputs(
+                    0.05, "Fraction of the noise schedule (0..1) from which it acts. MoMA leaves out the first 0.05."
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    tooltip="Seed of the slight noise that the reference picture gets. It hardly matters; keep it fixed.",
+                    advanced=True,
+                ),
+                _region_input(),
+            ],
+            outputs=[io.Model.Output("model", display_name="model")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        adapter: Adapter,
+        subject: Subject,
+        vae: Any,
+        clip: Any,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+        seed: int,
+        region_mask: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        settings = _check(model, adapter, subject)
+        latent = vae.encode(subject.image[None].float() / 255).detach().to("cpu", torch.float32)
+        if latent.ndim != 4 or latent.shape[1] != 4 or not latent.isfinite().all():
+            raise ValueError(
+                f"vae gave a latent of shape {tuple(latent.shape)} for the reference picture, or NaN. Connect the VAE of "
+                "an SD1.5 checkpoint (with NaN: start ComfyUI with --fp32-vae)."
+            )
+        part = Shortcut(
+            latent=latent,
+            text=encode_word(clip, subject.word),
+            noise=torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed)),
+            strength=strength,
+            window=_window(start_percent, end_percent, region_mask),
+        )
+        return io.NodeOutput(patched(model, settings.with_subject(subject, adapter, shortcut=part)))
