@@ -74,7 +74,9 @@ def load_subject(path: Path) -> Subject:
             _check_format(metadata, path)
             names = sorted(file.keys())
             if names != ["embedding", "image", "mask"]:
-                raise ValueError(f"{path} should hold embedding, image and mask, found {', '.join(names) or 'nothing'}.")
+                raise ValueError(
+                    f"{path} should hold embedding, image and mask, found {', '.join(names) or 'nothing'}."
+                )
             embedding, image, mask = (file.get_tensor(name) for name in names)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable saved subject: {error}") from error

@@ -30,7 +30,8 @@ class ExtractSubject(io.ComfyNode):
                 MomaMllm.Input("mllm", tooltip="From Load MoMA MLLM."),
                 MomaAdapter.Input("adapter", tooltip="From Load MoMA Adapter."),
                 io.Image.Input(
-                    "image", tooltip="One reference picture. Grey and transparent pictures are fine. It becomes 512x512."
+                    "image",
+                    tooltip="One reference picture. Grey and transparent pictures are fine. It becomes 512x512.",
                 ),
                 io.String.Input(
                     "subject",
@@ -97,7 +98,9 @@ class SaveSubject(io.ComfyNode):
             "back without the MLLM.",
             inputs=[
                 MomaSubject.Input("subject", tooltip="From Extract Subject Features."),
-                io.String.Input("filename_prefix", default="subject", tooltip="May hold a subfolder, as in 'cars/red'."),
+                io.String.Input(
+                    "filename_prefix", default="subject", tooltip="May hold a subfolder, as in 'cars/red'."
+                ),
             ],
             outputs=[],
             is_output_node=True,

@@ -102,7 +102,9 @@ def run_case(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, torch.T
     scale = (sigmas[0] ** 2 + 1).sqrt() / sigmas[0]
     noise = inputs["init_noise"] * scale
     with torch.inference_mode():
-        guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object("ddim"), sigmas, disable_pbar=True, seed=0)
+        guider.sample(
+            noise, torch.zeros_like(noise), comfy.samplers.sampler_object("ddim"), sigmas, disable_pbar=True, seed=0
+        )
     return case, trace, recorder
 
 

@@ -69,7 +69,9 @@ def unet_weights(settings: dict[str, Any], shapes: dict[str, torch.Tensor]) -> d
     import comfy.utils
 
     names = comfy.utils.unet_to_diffusers(settings)
-    weights = {ours: seeded_weight(0, theirs, tuple(shapes[ours].shape)) for theirs, ours in names.items() if ours in shapes}
+    weights = {
+        ours: seeded_weight(0, theirs, tuple(shapes[ours].shape)) for theirs, ours in names.items() if ours in shapes
+    }
     missing = sorted(set(shapes) - set(weights))
     assert not missing, f"no diffusers name for {missing[:3]}"
     return weights
@@ -97,7 +99,11 @@ def adapter_groups(
         "norm.weight": (context,),
         "norm.bias": (context,),
     }
-    mapping_shapes = {"gate_proj": (embedding, hidden), "up_proj": (embedding, hidden), "down_proj": (embedding, embedding)}
+    mapping_shapes = {
+        "gate_proj": (embedding, hidden),
+        "up_proj": (embedding, hidden),
+        "down_proj": (embedding, embedding),
+    }
     return {
         "projectors": {name: seeded_weight(2, name, shape) for name, shape in projector_shapes.items()},
         "self_cross_attentions": layers,

@@ -35,7 +35,9 @@ class Rows:
 
 def mark_tokens(conditioning: list, positions: dict[str, tuple[int, ...]]) -> list:
     """A copy of a CONDITIONING that knows the positions of subjects' tokens, by subject key."""
-    return [[entry[0], {**entry[1], TOKENS_KEY: {**entry[1].get(TOKENS_KEY, {}), **positions}}] for entry in conditioning]
+    return [
+        [entry[0], {**entry[1], TOKENS_KEY: {**entry[1].get(TOKENS_KEY, {}), **positions}}] for entry in conditioning
+    ]
 
 
 def subjects_in(conds: dict[str, list[dict[str, Any]]], keys: list[str]) -> list[bool]:

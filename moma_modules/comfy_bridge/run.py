@@ -233,7 +233,9 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         guider.model_options = original
 
 
-def sampler_sample(executor: Any, guider: Any, sigmas: Any, extra_args: Any, callback: Any, noise: Any, *args: Any) -> Any:
+def sampler_sample(
+    executor: Any, guider: Any, sigmas: Any, extra_args: Any, callback: Any, noise: Any, *args: Any
+) -> Any:
     """SAMPLER_SAMPLE: the model is loaded and the prompts are processed; sampling is about to start."""
     model_options = extra_args["model_options"]
     state = _state(model_options)
