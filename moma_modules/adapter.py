@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import comfy.model_management
 import comfy.model_patcher
@@ -65,6 +65,10 @@ class AdapterModule(nn.Module):
             )
             for i in range(LAYER_COUNT)
         )
+
+    def layer(self, index: int) -> LayerProjections:
+        """The projections of attention layer `index` (0..31)."""
+        return cast(LayerProjections, self.layers[index])
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     if missing:
         found = ", ".join(map(str, list(groups)[:8])) or "nothing"
         raise ValueError(f"{path} is not a MoMA adapter: group {missing[0]!r} is missing (found: {found}).")
-    flat = {}
+    flat: dict[str, object] = {}
     for group in ("projectors", "self_cross_attentions", "llm_mapping"):
         if not isinstance(groups[group], Mapping):
             raise ValueError(f"{path}: group {group!r} holds a {type(groups[group]).__name__}, not named tensors.")
@@ -188,7 +188,7 @@ def _identity(raw: dict[str, Tensor]) -> str:
     for key in sorted(raw):
         tensor = raw[key].contiguous()
         digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.view(torch.uint8).numpy())
+        digest.update(memoryview(tensor.view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 

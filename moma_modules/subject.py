@@ -39,7 +39,7 @@ class Subject:
         """Content hash: two equal subjects are one, wherever they came from."""
         digest = hashlib.sha256(self.word.encode())
         for tensor in (self.embedding, self.image, self.mask.to(torch.uint8)):
-            digest.update(tensor.contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
 

@@ -61,5 +61,5 @@ def _end_mark(chunks: Sequence) -> Any:
 def _key(token: Any) -> Any:
     """Tokens are ids, or tensors for textual-inversion embeddings."""
     if isinstance(token, torch.Tensor):
-        return hashlib.sha256(token.detach().float().cpu().contiguous().numpy()).hexdigest()
+        return hashlib.sha256(token.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
     return int(token)

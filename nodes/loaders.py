@@ -29,7 +29,7 @@ class LoadMllm(io.ComfyNode):
             display_name="Load MoMA MLLM",
             category=CATEGORY,
             search_aliases=SEARCH_ALIASES,
-            description="Loads the multimodal language model (MoMA's LLaVA-1.5 7B) that looks at the reference picture. "
+            description="Loads the multimodal language model (MoMA's LLaVA-1.5 7B) that looks at the reference. "
             "It is needed only to extract subjects; saved subjects work without it.",
             inputs=[
                 io.Combo.Input(

@@ -23,7 +23,7 @@ class SubjectMask(io.ComfyNode):
             display_name="MoMA Subject Mask",
             category=CATEGORY,
             search_aliases=SEARCH_ALIASES,
-            description="Shows where the model put the subject: the mask that MoMA found while the connected sampler ran.",
+            description="Shows where the model put the subject: the mask that MoMA found while the sampler ran.",
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL that the sampler got."),
                 io.Latent.Input("latent", tooltip="The LATENT that the sampler gave."),

@@ -35,7 +35,7 @@ def _region_input() -> io.Input:
     return io.Mask.Input(
         "region_mask",
         optional=True,
-        tooltip="Where in the new picture the subject may appear, 1 = yes; any size, one or one per picture of the batch. "
+        tooltip="Where in the new picture the subject may appear, 1 = yes; any size; one, or one per picture. "
         "Works together with the automatic subject mask.",
     )
 
@@ -136,8 +136,8 @@ class SelfAttnShortcut(io.ComfyNode):
                     min=0.0,
                     max=2.0,
                     step=0.05,
-                    tooltip="1.0 for the same subject in a new context (at most 1.2); 0.4 for a new texture or material "
-                    "(at most 0.6). 0 is off.",
+                    tooltip="1.0 for the same subject in a new context (at most 1.2); 0.4 for a new texture or "
+                    "material (at most 0.6). 0 is off.",
                 ),
                 *_window_inputs(
                     0.05, "Fraction of the noise schedule (0..1) from which it acts. MoMA leaves out the first 0.05."
@@ -147,7 +147,7 @@ class SelfAttnShortcut(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
-                    tooltip="Seed of the slight noise that the reference picture gets. It hardly matters; keep it fixed.",
+                    tooltip="Seed of the slight noise that the reference picture gets. It hardly matters: keep it.",
                     advanced=True,
                 ),
                 _region_input(),
@@ -173,8 +173,8 @@ class SelfAttnShortcut(io.ComfyNode):
         latent = vae.encode(subject.image[None].float() / 255).detach().to("cpu", torch.float32)
         if latent.ndim != 4 or latent.shape[1] != 4 or not latent.isfinite().all():
             raise ValueError(
-                f"vae gave a latent of shape {tuple(latent.shape)} for the reference picture, or NaN. Connect the VAE of "
-                "an SD1.5 checkpoint (with NaN: start ComfyUI with --fp32-vae)."
+                f"vae gave a latent of shape {tuple(latent.shape)} for the reference picture, or NaN. Connect the VAE "
+                "of an SD1.5 checkpoint (with NaN: start ComfyUI with --fp32-vae)."
             )
         part = Shortcut(
             latent=latent,

@@ -50,8 +50,8 @@ class ExtractSubject(io.ComfyNode):
                     "fit",
                     options=list(FITS),
                     default="squash",
-                    tooltip="How a non-square picture becomes square: squash (as the released code), pad with white, or "
-                    "crop around the subject.",
+                    tooltip="How a non-square picture becomes square: squash (as the released code), pad with white, "
+                    "or crop around the subject.",
                     advanced=True,
                 ),
                 io.Mask.Input(

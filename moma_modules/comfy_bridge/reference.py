@@ -72,7 +72,7 @@ class _Collector:
         inside = interpolate(self.mask, size=size, mode="nearest").flatten() > 0
         places = inside.nonzero().flatten().to(k.device)
         if len(places):
-            layer = self.adapter.module.layers[2 * block]
+            layer = self.adapter.module.layer(2 * block)
             self.found[block] = (layer.to_k_ip(k[:, places]), layer.to_v_ip(v[:, places]))
 
 

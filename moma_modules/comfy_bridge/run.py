@@ -197,7 +197,7 @@ def _image_tokens(entry: SubjectSettings, device: torch.device, dtype: torch.dty
     embedding = entry.subject.embedding.to(device, dtype)
     module = entry.adapter.module
     tokens = module.projector(torch.cat([torch.zeros_like(embedding), embedding]))
-    layers = [module.layers[2 * block + 1] for block in range(len(BLOCKS))]
+    layers = [module.layer(2 * block + 1) for block in range(len(BLOCKS))]
     return {block: (layer.to_k_ip(tokens), layer.to_v_ip(tokens)) for block, layer in enumerate(layers)}
 
 

@@ -9,7 +9,7 @@ BLOCKS: tuple[tuple[str, int], ...] = (
     *(("output", i) for i in range(3, 12)),
     ("middle", 0),
 )
-"""Blocks with attention in the adapter's order: block j has self-attention layer 2j and cross-attention layer 2j + 1."""
+"""Blocks with attention in the adapter's order: block j has self-attention layer 2j, cross-attention layer 2j + 1."""
 
 
 def check_model(model: Any, adapter: Adapter) -> None:
