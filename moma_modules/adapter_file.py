@@ -188,7 +188,7 @@ def _identity(raw: dict[str, Tensor]) -> str:
     for key in sorted(raw):
         tensor = raw[key].contiguous()
         digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(memoryview(tensor.view(torch.uint8).numpy()))
+        digest.update(tensor.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -35,7 +35,7 @@ class TextEncode(io.ComfyNode):
                 io.String.Input(
                     "template",
                     default=PROMPT_TEMPLATE,
-                    tooltip="The text around it; {subject} and {prompt} are filled in. MoMA was trained with the default.",
+                    tooltip="The text around {subject} and {prompt}. MoMA was trained with the default.",
                     advanced=True,
                 ),
             ],
