@@ -1,0 +1,150 @@
+"""Gets a real ComfyUI and a Python that can run it and the tests: `python3 scripts/setup_env.py [VERSION ...]`.
+
+Needs only Python 3.10 or newer with pip. What it fetches lies in `$COMFYUI_MOMA_CACHE`, else in
+`$XDG_CACHE_HOME/comfyui-moma`, else in `~/.cache/comfyui-moma`; a second run finds it there at once.
+A ComfyUI of the user's own, and its Python, are used as they are and never changed.
+"""
+
+import argparse
+import ast
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from comfyui_source import CARRIER_VERSIONS, NEWEST, ROOT, SetupError, cache_dir, find_comfyui, own_comfyui, run
+
+# ComfyUI leaves these unpinned; this trio is one that fits together.
+TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
+STAMP = "comfyui-moma.stamp"
+
+
+class Environment(NamedTuple):
+    """A ComfyUI and a Python that can run it, the pack's tests and linters."""
+
+    name: str
+    comfyui: Path
+    python: Path
+
+
+def ensure_venv(comfyui: Path, version: str, extras: Sequence[str] = ()) -> Path:
+    """The Python of the cache's virtual environment for this ComfyUI, made anew unless it is up to date.
+
+    Args:
+        comfyui: The ComfyUI whose requirements.txt it gets.
+        version: Names the environment.
+        extras: Further requirements.
+
+    Raises:
+        SetupError: It cannot be made.
+    """
+    venv = cache_dir() / f"venv-{version}"
+    python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    requirements = comfyui / "requirements.txt"
+    stamp = _digest([*TORCH, requirements.read_text(encoding="utf-8"), *extras])
+    stamp_file = venv / STAMP
+    if stamp_file.is_file() and stamp_file.read_text(encoding="utf-8") == stamp and _succeeds(python, "-c", ""):
+        return python
+    print(f"Making the Python environment for ComfyUI {version} in {venv}, a download of some GB.", flush=True)
+    installer = _make_venv(venv, python)
+    _install(installer, python, [*TORCH, "-r", str(requirements), *extras])
+    stamp_file.write_text(stamp, encoding="utf-8")
+    return python
+
+
+def dev_requirements(pyproject: Path = ROOT / "pyproject.toml") -> list[str]:
+    """The dependency group `dev`: a list of plain strings, which Python reads alike (3.10 has no TOML reader)."""
+    found = re.search(r"^dev = (\[.*?\])$", pyproject.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    if not found:
+        raise SetupError(f"{pyproject} has no dependency group `dev = [...]`.")
+    return [str(requirement) for requirement in ast.literal_eval(found[1])]
+
+
+def environment(version: str | None = None) -> Environment:
+    """This version of ComfyUI (as in `find_comfyui`) with a Python for it.
+
+    Raises:
+        SetupError: Something cannot be fetched or made.
+    """
+    comfyui = find_comfyui(version)
+    if version is None and comfyui == own_comfyui():
+        name = f"own-{_digest([str(comfyui)])[:8]}"
+        return Environment(
+            str(comfyui), comfyui, _own_python(comfyui) or ensure_venv(comfyui, name, dev_requirements())
+        )
+    version = version or NEWEST
+    return Environment(version, comfyui, ensure_venv(comfyui, version, dev_requirements()))
+
+
+def _digest(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _succeeds(*command: str | Path) -> bool:
+    try:
+        return subprocess.run([str(part) for part in command], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+def _make_venv(venv: Path, python: Path) -> list[str]:
+    """A new virtual environment in place of any old one; the command that installs there."""
+    shutil.rmtree(venv, ignore_errors=True)
+    uv = shutil.which("uv")
+    if uv and _succeeds(uv, "venv", "-q", "--python", sys.executable, venv):
+        return [uv, "pip", "install", "--python", str(python)]
+    advice = "On Debian and Ubuntu, `apt-get install python3-venv` may be missing; `pip install uv` helps everywhere."
+    run([sys.executable, "-m", "venv", "--clear", venv], f"No virtual environment could be made. {advice}")
+    pip = [str(python), "-m", "pip", "install", "-q"]
+    if _succeeds(*pip, "uv"):
+        return [str(python), "-m", "uv", "pip", "install", "--python", str(python)]
+    print("uv could not be installed: going on with pip, which is slower.", flush=True)
+    return pip
+
+
+def _install(installer: Sequence[str], python: Path, requirements: Sequence[str]) -> None:
+    """Install with this installer, or with the environment's own pip should that fail."""
+    failure = f"The requirements could not be installed for {python}. Check the network and the free disk space."
+    try:
+        run([*installer, *requirements], failure)
+    except SetupError:
+        if "uv" not in installer or not _succeeds(python, "-m", "pip", "--version"):
+            raise
+        print("uv failed: trying again with pip.", flush=True)
+        run([python, "-m", "pip", "install", *requirements], failure)
+
+
+def _own_python(comfyui: Path) -> Path | None:
+    """`COMFYUI_PYTHON`, or this Python, if all that ComfyUI and the tests need is installed there."""
+    named = os.environ.get("COMFYUI_PYTHON")
+    python = Path(named).expanduser() if named else Path(sys.executable)
+    lines = (comfyui / "requirements.txt").read_text(encoding="utf-8").splitlines() + dev_requirements()
+    names = [found[0] for line in lines if (found := re.match(r"[A-Za-z0-9._-]+", line.strip()))]
+    probe = "import sys, torch; from importlib.metadata import version; [version(name) for name in sys.argv[1:]]"
+    if _succeeds(python, "-c", probe, *names):
+        return python
+    print(f"{python} lacks something that {comfyui} or the tests need (torch, requirements.txt, the group dev in")
+    print("pyproject.toml). It stays as it is, and the cache gets an environment. COMFYUI_PYTHON names another Python.")
+    return None
+
+
+def main() -> None:
+    """Set up what the command line names and print where it lies."""
+    parser = argparse.ArgumentParser(description="Get a ComfyUI and a Python environment for it and the tests.")
+    help_ = f"{', '.join(CARRIER_VERSIONS)}; without one, your own ComfyUI if there is one, else {NEWEST}"
+    parser.add_argument("versions", nargs="*", metavar="VERSION", help=help_)
+    try:
+        for version in parser.parse_args().versions or [None]:
+            found = environment(version)
+            print(f"ComfyUI {found.name}\n  COMFYUI_PATH={found.comfyui}\n  Python: {found.python}", flush=True)
+    except SetupError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

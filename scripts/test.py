@@ -1,0 +1,129 @@
+"""The one test command: `python3 scripts/test.py` sets up what it needs, then lints, checks types and runs the tests.
+
+All tests run on the newest ComfyUI, all but the slow ones on the oldest that the pack supports. With `COMFYUI_PATH`
+set, all tests run on that ComfyUI alone.
+"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from comfyui_source import CARRIER_VERSIONS, NEWEST, OLDEST, ROOT, SetupError
+from setup_env import Environment, environment
+
+
+class Target(NamedTuple):
+    """A ComfyUI to test on: a version, or None for the user's own; with or without the slow tests."""
+
+    version: str | None
+    slow: bool
+
+    @property
+    def name(self) -> str:
+        """What the headings call it."""
+        return f"ComfyUI {self.version}" if self.version else f"ComfyUI in {os.environ['COMFYUI_PATH']}"
+
+
+class Steps:
+    """Runs steps one after another and keeps what became of each."""
+
+    def __init__(self) -> None:
+        """Start without any."""
+        self._results: list[tuple[str, bool, float]] = []
+
+    def run(self, name: str, step: Callable[[], bool]) -> bool:
+        """Run one under a heading; whether it succeeded."""
+        print(f"\n=== {name} ===", flush=True)
+        start = time.monotonic()
+        succeeded = step()
+        seconds = time.monotonic() - start
+        self._results.append((name, succeeded, seconds))
+        print(f"=== {name}: {'ok' if succeeded else 'FAILED'}, {seconds:.1f} s ===", flush=True)
+        return succeeded
+
+    def summary(self) -> bool:
+        """Print what became of every step; whether all succeeded."""
+        print("\n=== Summary ===")
+        for name, succeeded, seconds in self._results:
+            print(f"{'ok' if succeeded else 'FAILED':<7}{seconds:8.1f} s  {name}", flush=True)
+        return all(succeeded for _, succeeded, _ in self._results)
+
+
+def command(found: Environment | None, *words: str) -> Callable[[], bool]:
+    """A step: a Python module run in an environment, from the repository's root; it fails without an environment."""
+
+    def step() -> bool:
+        if found is None:
+            print("Not run: its environment could not be set up, see above.", flush=True)
+            return False
+        print(f"$ COMFYUI_PATH={shlex.quote(str(found.comfyui))} {shlex.join([str(found.python), *words])}", flush=True)
+        variables = {**os.environ, "COMFYUI_PATH": str(found.comfyui)}
+        # Every exit status but 0 is a failure, also pytest's 5, for no tests.
+        return subprocess.run([found.python, *words], cwd=ROOT, env=variables, check=False).returncode == 0
+
+    return step
+
+
+def set_up(steps: Steps, target: Target) -> Environment | None:
+    """Set up for the target; None if that failed."""
+    found: list[Environment] = []
+
+    def step() -> bool:
+        try:
+            found.append(environment(target.version))
+        except SetupError as error:
+            print(f"error: {error}", flush=True)
+        return bool(found)
+
+    steps.run(f"Set-up for {target.name}", step)
+    return found[0] if found else None
+
+
+def targets(versions: list[str], quick: bool) -> list[Target]:
+    """What to test on: these versions, else the user's own ComfyUI, else the newest and the oldest."""
+    if versions:
+        return [Target(version, slow=not quick) for version in versions]
+    if os.environ.get("COMFYUI_PATH"):
+        return [Target(None, slow=not quick)]
+    newest = Target(NEWEST, slow=not quick)
+    return [newest] if quick else [newest, Target(OLDEST, slow=False)]
+
+
+def run_all(chosen: list[Target], pytest_arguments: list[str]) -> bool:
+    """Run every step, also after a failure; whether all succeeded."""
+    steps = Steps()
+    environments = [set_up(steps, target) for target in chosen]
+    linting = next(filter(None, environments), None)
+    steps.run("ruff format", command(linting, "-m", "ruff", "format", "--check"))
+    steps.run("ruff check", command(linting, "-m", "ruff", "check"))
+    steps.run("mypy", command(linting, "-m", "mypy"))
+    for target, found in zip(chosen, environments, strict=True):
+        selection = [] if target.slow else ["-m", "not slow"]
+        name = f"pytest on {target.name}" + ("" if target.slow else ", without the slow tests")
+        steps.run(name, command(found, "-m", "pytest", *selection, *pytest_arguments))
+    return steps.summary()
+
+
+def parse_arguments(words: list[str]) -> tuple[list[Target], list[str]]:
+    """The targets and the arguments for pytest."""
+    split = words.index("--") if "--" in words else len(words)
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [options] [-- PYTEST_ARGUMENT ...]")
+    help_ = "test on this version only, with the slow tests; may be repeated"
+    parser.add_argument("--comfyui", action="append", default=[], choices=CARRIER_VERSIONS, help=help_)
+    parser.add_argument("--quick", action="store_true", help="only the newest ComfyUI, without the slow tests")
+    options = parser.parse_args(words[:split])
+    return targets(options.comfyui, options.quick), words[split + 1 :]
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    sys.exit(0 if run_all(*parse_arguments(sys.argv[1:])) else 1)
+
+
+if __name__ == "__main__":
+    main()
