@@ -122,14 +122,20 @@ def _install(installer: Sequence[str], python: Path, requirements: Sequence[str]
 def _own_python(comfyui: Path) -> Path | None:
     """`COMFYUI_PYTHON`, or this Python, if all that ComfyUI and the tests need is installed there."""
     named = os.environ.get("COMFYUI_PYTHON")
-    python = Path(named).expanduser() if named else Path(sys.executable)
+    # Not resolved: the link itself makes a virtual environment's Python.
+    python = Path(named or sys.executable).expanduser().absolute()
     lines = (comfyui / "requirements.txt").read_text(encoding="utf-8").splitlines() + dev_requirements()
     names = [found[0] for line in lines if (found := re.match(r"[A-Za-z0-9._-]+", line.strip()))]
     probe = "import sys, torch; from importlib.metadata import version; [version(name) for name in sys.argv[1:]]"
-    if _succeeds(python, "-c", probe, *names):
-        return python
-    print(f"{python} lacks something that {comfyui} or the tests need (torch, requirements.txt, the group dev in")
-    print("pyproject.toml). It stays as it is, and the cache gets an environment. COMFYUI_PYTHON names another Python.")
+    try:
+        result = subprocess.run([python, "-c", probe, *names], capture_output=True, text=True, check=False)
+        if result.returncode == 0:
+            return python
+        lack = result.stderr.strip().rpartition("\n")[2]
+    except OSError as error:
+        lack = str(error)
+    print(f"{python} lacks something that {comfyui} or the tests need, and stays as it is: {lack}")
+    print("Going on with an environment in the cache; COMFYUI_PYTHON can name another Python.", flush=True)
     return None
 
 
