@@ -39,7 +39,7 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> bool:
 
 def found(mask: torch.Tensor) -> bool:
     """Whether a mask tells places apart. (Minimum or maximum may lie in the negative prompt's half.)"""
-    return 0 <= float(mask.min()) and float(mask.max()) <= 1 and float(mask.std()) > 0.05
+    return float(mask.min()) >= 0 and float(mask.max()) <= 1 and float(mask.std()) > 0.05
 
 
 def test_both_parts_act_and_leave_a_mask(model: Any, adapter: Any, subject: Any, full: Any) -> None:

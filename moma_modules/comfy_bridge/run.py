@@ -29,14 +29,13 @@ class RunState:
     Attributes:
         subjects: Set when sampling starts.
         masks: [S, B, H, W] in 0..1 after the last evaluation; None before the first one has ended.
-        collecting: Whether the current call belongs to the guider's own evaluation of the prompts.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.subjects: tuple[SubjectRun, ...] = ()
         self.masks: Tensor | None = None
-        self.collecting = False
+        self._collecting = False
         self._found: list[bool] = []
         self._gates: tuple[_Gate, ...] = ()
         self._evaluation: _Evaluation | None = None
@@ -68,14 +67,19 @@ class RunState:
         self._evaluation = None
         self._model_options = None
 
-    def is_own_call(self, model_options: dict[str, Any]) -> bool:
-        """False for extra calls within an evaluation (PAG, skip-layer guidance): they change the options first."""
-        return model_options is self._model_options
+    def begin_call(self, model_options: dict[str, Any]) -> None:
+        """A batch of prompts is evaluated; extra calls by PAG or skip-layer guidance come with changed options."""
+        self._collecting = self._evaluation is not None and model_options is self._model_options
+
+    def end_call(self) -> None:
+        """The batch is done."""
+        if self._collecting and self._evaluation is not None:
+            self._evaluation.end_call()
+        self._collecting = False
 
     def forward(self, rows: Any, x: Tensor, sigma: Tensor | None) -> Forward:
         """What the layers of one UNet forward need."""
         factors = [self._factors(i, sigma, x.device) for i in range(len(self.subjects))]
-        collect = self.collecting and self._evaluation is not None
         size = (x.shape[-2], x.shape[-1])
         return Forward(
             subjects=self.subjects,
@@ -83,7 +87,7 @@ class RunState:
             cross_factors=tuple(cross for cross, _ in factors),
             self_factors=tuple(own for _, own in factors),
             size=size,
-            map_sum=torch.zeros(x.shape[0], len(self.subjects), *size, device=x.device) if collect else None,
+            map_sum=torch.zeros(x.shape[0], len(self.subjects), *size, device=x.device) if self._collecting else None,
         )
 
     def finish_forward(self, forward: Forward) -> None:
@@ -150,13 +154,19 @@ class _Gate:
 
 
 class _Evaluation:
-    """Attention maps of one evaluation, gathered on a canvas [S, 2, B * H * W] (negative, positive)."""
+    """Attention maps of one evaluation, gathered on a canvas [S, 2, B * H * W] (negative, positive).
+
+    Guidance nodes (SAG) may evaluate a changed latent again with the same options: the first call to reach a place on
+    the canvas counts.
+    """
 
     def __init__(self, subjects: int, canvas: tuple[int, int, int], device: torch.device) -> None:
         self.canvas = canvas
         self.sums = torch.zeros(subjects, 2, canvas[0] * canvas[1] * canvas[2], device=device)
         self.counts = torch.zeros_like(self.sums)
         self.has_maps = False
+        self._call_sums = torch.zeros_like(self.sums)
+        self._call_counts = torch.zeros_like(self.sums)
 
     def add(self, forward: Forward) -> None:
         assert forward.map_sum is not None
@@ -164,9 +174,17 @@ class _Evaluation:
         maps = forward.map_sum / forward.map_count
         known = rows.tokens.amax(dim=2).to(maps.dtype)[..., None, None].expand_as(maps)
         places = (rows.positive.view(-1, 1, 1, 1) * self.sums.shape[2] + rows.pixels).flatten()
-        for canvas, values in ((self.sums, maps * known), (self.counts, known)):
+        for canvas, values in ((self._call_sums, maps * known), (self._call_counts, known)):
             canvas.view(canvas.shape[0], -1).index_add_(1, places, values.transpose(0, 1).flatten(1))
         self.has_maps = True
+
+    def end_call(self) -> None:
+        """Keep what the call added where nothing was yet."""
+        new = self.counts == 0
+        self.sums += torch.where(new, self._call_sums, 0.0)
+        self.counts += torch.where(new, self._call_counts, 0.0)
+        self._call_sums.zero_()
+        self._call_counts.zero_()
 
     def masks(self) -> Tensor:
         subjects, (batch, height, width) = self.sums.shape[0], self.canvas
@@ -260,11 +278,11 @@ def calc_cond_batch(executor: Any, model: Any, conds: Any, x_in: Any, timestep: 
     state = _state(model_options)
     if state is None:
         return executor(model, conds, x_in, timestep, model_options)
-    state.collecting = state.is_own_call(model_options)
+    state.begin_call(model_options)
     try:
         return executor(model, conds, x_in, timestep, model_options)
     finally:
-        state.collecting = False
+        state.end_call()
 
 
 def diffusion_model(

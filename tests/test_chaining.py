@@ -1,0 +1,131 @@
+"""MoMA beside others: what was in a slot before, what is added to it later, and ComfyUI's own guidance nodes."""
+
+from typing import Any
+
+import pytest
+import torch
+from comfy_extras.nodes_freelunch import FreeU_V2
+from comfy_extras.nodes_hypertile import HyperTile
+from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+from comfy_extras.nodes_sag import SelfAttentionGuidance
+from comfy_extras.nodes_tomesd import TomePatchModel
+from scene import masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
+from tiny_models import tiny_model
+
+PLACES = ((("input", 1), None), (("input", 1), 0))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def adapter() -> Any:
+    return tiny_adapter()
+
+
+@pytest.fixture(scope="module")
+def subject(adapter: Any) -> Any:
+    return tiny_subject(adapter)
+
+
+def run(model: Any, subject: Any, **kwargs: Any) -> torch.Tensor:
+    return sample(model, positive(subject), negative(), **kwargs)
+
+
+def halved(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any]) -> torch.Tensor:
+    """Somebody else's attention replacement."""
+    from comfyui_moma.moma_modules.comfy_bridge.attention import plain_attention
+
+    return 0.5 * plain_attention(q, k, v, extra_options)
+
+
+@pytest.mark.parametrize("slot", ["attn1", "attn2"])
+@pytest.mark.parametrize(("place", "index"), PLACES)
+def test_what_sat_in_the_slot_still_runs(
+    model: Any, adapter: Any, subject: Any, slot: str, place: tuple[str, int], index: int | None
+) -> None:
+    """With MoMA off, its patches give exactly what the replacement before them gives."""
+    other = model.clone()
+    getattr(other, f"set_model_{slot}_replace")(halved, *place, index)
+    expected = run(other, subject)
+    assert not torch.equal(expected, run(model, subject))
+    off = moma(other, adapter, subject, weight=0.0, shortcut=tiny_shortcut(strength=0.0))
+    assert torch.equal(run(off, subject), expected)
+    on = moma(other, adapter, subject, shortcut=tiny_shortcut())
+    assert not torch.equal(run(on, subject), run(moma(model, adapter, subject, shortcut=tiny_shortcut()), subject))
+
+
+@pytest.mark.parametrize("slot", ["attn1", "attn2"])
+def test_callbacks_can_be_added_as_ipadapter_does(model: Any, adapter: Any, subject: Any, slot: str) -> None:
+    patched = moma(model, adapter, subject, shortcut=tiny_shortcut())
+    before = run(patched, subject)
+    clone = patched.clone()
+    called: list[float] = []
+
+    def added(out: torch.Tensor, q: Any, k: Any, v: Any, extra_options: dict[str, Any], **kwargs: Any) -> torch.Tensor:
+        called.append(kwargs["weight"])
+        return kwargs["weight"] * out
+
+    patch = clone.model_options["transformer_options"]["patches_replace"][slot][("input", 1)]
+    patch.add(added, weight=0.5, sigma_start=1e9, sigma_end=0.0)
+    changed = run(clone, subject)
+    assert called and set(called) == {0.5} and not torch.equal(changed, before)
+    assert torch.equal(run(patched, subject), before), "adding to a clone must leave the original alone"
+    again = moma(clone, adapter, subject)
+    assert torch.equal(run(again, subject), changed), "MoMA applied again must keep what was added"
+
+
+def test_added_callbacks_keep_to_their_noise_range(model: Any, adapter: Any, subject: Any) -> None:
+    clone = moma(model, adapter, subject).clone()
+    called: list[int] = []
+    patch = clone.model_options["transformer_options"]["patches_replace"]["attn2"][("input", 1)]
+    patch.add(lambda out, *_, **__: called.append(1) or out, sigma_start=5.0, sigma_end=1.0)
+    steps: list[float] = []
+    run(clone, subject, steps=6, callback=lambda *_: steps.append(len(called)))
+    assert steps[0] == 0 and 0 < steps[-1] < 6
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_perturbed_attention_guidance(model: Any, adapter: Any, subject: Any, first: bool) -> None:
+    """PAG's extra evaluations change the picture, not the subject mask of the first evaluation."""
+    shortcut = tiny_shortcut()
+    if first:
+        both = moma(PerturbedAttentionGuidance.execute(model, 3.0)[0], adapter, subject, shortcut=shortcut)
+    else:
+        both = PerturbedAttentionGuidance.execute(moma(model, adapter, subject, shortcut=shortcut), 3.0)[0]
+    alone = moma(model, adapter, subject, shortcut=shortcut)
+    _same_first_mask_other_picture(both, alone, subject)
+
+
+def test_self_attention_guidance(model: Any, adapter: Any, subject: Any) -> None:
+    """SAG evaluates a blurred latent with the same options: that must not leak into the subject mask."""
+    both = moma(SelfAttentionGuidance.execute(model, 0.5, 2.0)[0], adapter, subject, shortcut=tiny_shortcut())
+    alone = moma(model, adapter, subject, shortcut=tiny_shortcut())
+    _same_first_mask_other_picture(both, alone, subject)
+
+
+def _same_first_mask_other_picture(both: Any, alone: Any, subject: Any) -> None:
+    options = {"size": (16, 16), "steps": 2, "last_step": 1}
+    ours, theirs = run(both, subject, **options), run(alone, subject, **options)
+    assert ours.isfinite().all() and not torch.allclose(ours, theirs)
+    one, other = masks_of(both, ours)[subject.key], masks_of(alone, theirs)[subject.key]
+    assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_freeu(model: Any, adapter: Any, subject: Any) -> None:
+    both = FreeU_V2.execute(moma(model, adapter, subject), 1.3, 1.4, 0.9, 0.2)[0]
+    assert not torch.equal(run(both, subject), run(moma(model, adapter, subject), subject))
+
+
+@pytest.mark.parametrize("node", ["hypertile", "tome"])
+def test_nodes_that_rearrange_tokens_are_refused(model: Any, adapter: Any, subject: Any, node: str) -> None:
+    patched = moma(model, adapter, subject, shortcut=tiny_shortcut())
+    if node == "hypertile":
+        patched = HyperTile.execute(patched, 64, 2, 0, False)[0]
+    else:
+        patched = TomePatchModel.execute(patched, 0.5)[0]
+    with pytest.raises(ValueError, match=r"another node changed the attention's input.*HyperTile, Token Merging"):
+        run(patched, subject, size=(16, 16))
+    assert torch.isfinite(run(model, subject)).all()
