@@ -40,7 +40,9 @@ class TextEncode(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Conditioning.Output("positive", display_name="positive"),
+                io.Conditioning.Output(
+                    "positive", display_name="positive", tooltip="For the sampler's positive input."
+                ),
                 io.String.Output("text", display_name="text", tooltip="The full prompt that was encoded."),
             ],
         )

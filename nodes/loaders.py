@@ -14,6 +14,7 @@ from .types import CATEGORY, SEARCH_ALIASES, MomaAdapter, MomaMllm
 
 def _mllm_folder(name: str) -> Path:
     found = find_checkpoints(folders.model_roots())
+    name = name.replace("\\", "/")
     if name not in found:
         raise FileNotFoundError(folders.mllm_not_found(name, sorted(found)))
     return found[name]

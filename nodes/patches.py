@@ -93,7 +93,7 @@ class ApplyAdapter(io.ComfyNode):
                 *_window_inputs(0.0, "Fraction of the noise schedule (0..1) from which it acts."),
                 _region_input(),
             ],
-            outputs=[io.Model.Output("model", display_name="model")],
+            outputs=[io.Model.Output("model", display_name="model", tooltip="For the sampler, or for more patches.")],
         )
 
     @classmethod
@@ -152,7 +152,7 @@ class SelfAttnShortcut(io.ComfyNode):
                 ),
                 _region_input(),
             ],
-            outputs=[io.Model.Output("model", display_name="model")],
+            outputs=[io.Model.Output("model", display_name="model", tooltip="For the sampler, or for more patches.")],
         )
 
     @classmethod

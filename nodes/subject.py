@@ -61,7 +61,13 @@ class ExtractSubject(io.ComfyNode):
                     "picture. For the MASK of a cut-out PNG from Load Image, invert it first.",
                 ),
             ],
-            outputs=[MomaSubject.Output("subject", display_name="subject")],
+            outputs=[
+                MomaSubject.Output(
+                    "subject",
+                    display_name="subject",
+                    tooltip="For MoMA Text Encode, Apply MoMA Adapter, Self-Attn Shortcut and Save MoMA Subject.",
+                )
+            ],
         )
 
     @classmethod
@@ -136,7 +142,11 @@ class LoadSubject(io.ComfyNode):
                 )
             ],
             outputs=[
-                MomaSubject.Output("subject", display_name="subject"),
+                MomaSubject.Output(
+                    "subject",
+                    display_name="subject",
+                    tooltip="For MoMA Text Encode, Apply MoMA Adapter and Self-Attn Shortcut.",
+                ),
                 io.String.Output("word", display_name="word", tooltip="The subject word(s) it was extracted with."),
                 io.String.Output("prompt", display_name="prompt", tooltip="The prompt it was extracted for."),
             ],

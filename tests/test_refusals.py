@@ -209,6 +209,15 @@ def test_a_missing_adapter_file(models: Path) -> None:
     assert "Found: other.th" in str(LoadAdapter.validate_inputs("attn_adapters_projectors.th"))
 
 
+def test_names_saved_on_another_system_are_found(models: Path) -> None:
+    (models / "moma" / "hub").mkdir()
+    torch.save(adapter_groups(embedding=8), models / "moma" / "hub" / "adapter.th")
+    (models / "moma" / "hub" / "llava").symlink_to(DATA / "mllm" / "tiny56" / "checkpoint")
+    assert LoadAdapter.validate_inputs("hub\\adapter.th") is True
+    assert LoadMllm.validate_inputs("hub\\llava") is True
+    assert "Found: hub/adapter.th" in str(LoadAdapter.validate_inputs("hub/other.th"))
+
+
 def test_a_missing_mllm_folder(models: Path) -> None:
     message = str(LoadMllm.validate_inputs("MoMA_llava_7b"))
     for part in ("model_name", "'MoMA_llava_7b'", str(models / "moma"), "Found: nothing", "tokenizer.model"):

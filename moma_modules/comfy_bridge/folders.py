@@ -29,13 +29,12 @@ def model_roots() -> list[Path]:
 
 def adapter_names() -> list[str]:
     """Adapter files below the model folders, by relative name."""
-    names = folder_paths.get_filename_list(MODELS)
-    return [name for name in names if name.endswith(ADAPTER_SUFFIXES) and _is_adapter(name)]
+    return [name for name in _names(MODELS) if name.endswith(ADAPTER_SUFFIXES) and _is_adapter(name)]
 
 
 def subject_names() -> list[str]:
     """Saved subjects, by relative name."""
-    return [name for name in folder_paths.get_filename_list(SUBJECTS) if name.endswith(".safetensors")]
+    return [name for name in _names(SUBJECTS) if name.endswith(".safetensors")]
 
 
 def adapter_path(name: str) -> Path:
@@ -44,8 +43,8 @@ def adapter_path(name: str) -> Path:
     Raises:
         FileNotFoundError: Saying what was looked for, where, what was found, and where to get it.
     """
-    if name in adapter_names():
-        return Path(folder_paths.get_full_path_or_raise(MODELS, name))
+    if _portable(name) in adapter_names():
+        return Path(folder_paths.get_full_path_or_raise(MODELS, _portable(name)))
     raise FileNotFoundError(
         f"adapter_name: there is no adapter {name!r}. {_searched(MODELS, adapter_names())} Download "
         f"attn_adapters_projectors.th from {ADDRESS} into models/moma, then press R to refresh."
@@ -58,8 +57,8 @@ def subject_path(name: str) -> Path:
     Raises:
         FileNotFoundError: Saying what was looked for, where, and what was found.
     """
-    if name in subject_names():
-        return Path(folder_paths.get_full_path_or_raise(SUBJECTS, name))
+    if _portable(name) in subject_names():
+        return Path(folder_paths.get_full_path_or_raise(SUBJECTS, _portable(name)))
     raise FileNotFoundError(
         f"subject_name: there is no saved subject {name!r}. {_searched(SUBJECTS, subject_names())} "
         "Save one with Save MoMA Subject, or copy a file there, then press R to refresh."
@@ -73,6 +72,15 @@ def mllm_not_found(name: str, found: list[str]) -> str:
         "tokenizer.model, pytorch_model.bin.index.json and the pytorch_model-*.bin files) into "
         "models/moma/MoMA_llava_7b, then press R to refresh."
     )
+
+
+def _names(key: str) -> list[str]:
+    return [_portable(name) for name in folder_paths.get_filename_list(key)]
+
+
+def _portable(name: str) -> str:
+    """One spelling on every system, so that a workflow saved on Windows finds its files elsewhere, and back."""
+    return name.replace("\\", "/")
 
 
 def _is_adapter(name: str) -> bool:
