@@ -1,0 +1,182 @@
+"""Full-size models with seeded random weights: they load and run as the real files do, and their pictures are noise."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tiny_models import adapter_groups, seeded_weight, unet_config
+
+VERSION = "1"
+"""Raise it when the content of the checkpoint changes: cached ones are then made anew."""
+
+SD15 = {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768}
+EMBEDDING = 1024
+HIDDEN = 128
+VISION_WIDTH = 128
+TOKENIZER = Path(__file__).parent / "data" / "mllm" / "tiny56" / "checkpoint" / "tokenizer.model"
+
+_VAE = {
+    "double_z": True,
+    "z_channels": 4,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 128,
+    "ch_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def sd15_checkpoint(cache: Path) -> Path:
+    """A whole SD1.5 checkpoint (UNet, CLIP, VAE; original key names, fp16, 2 GB) in `cache`, made once.
+
+    ComfyUI must be importable.
+    """
+    path = cache / f"sd15-random-{VERSION}.safetensors"
+    if not path.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        for outdated in cache.glob("sd15-random-*.safetensors"):
+            outdated.unlink()
+        weights = {key: seeded_weight(0, key, shape).half() for key, shape in _checkpoint_shapes().items()}
+        _written(path, lambda partial: save_file(weights, partial))
+    return path
+
+
+def llava_folder(target: Path) -> Path:
+    """A complete MLLM folder as LLaVA publishes it, with all parts small; the same bytes of weights every time."""
+    target.mkdir(parents=True, exist_ok=True)
+    vocabulary = _vocabulary()
+    shutil.copyfile(TOKENIZER, target / "tokenizer.model")
+    weights = {key: seeded_weight(4, key, shape).half() for key, shape in _llava_shapes(vocabulary).items()}
+    keys = list(weights)
+    weight_map = {}
+    for number, part in ((1, keys[: len(keys) // 2]), (2, keys[len(keys) // 2 :])):
+        name = f"pytorch_model-{number:05}-of-00002.bin"
+        torch.save({key: weights[key] for key in part}, target / name)
+        weight_map |= dict.fromkeys(part, name)
+    total = sum(value.numel() * value.element_size() for value in weights.values())
+    contents = {
+        "config.json": _llava_config(vocabulary),
+        "pytorch_model.bin.index.json": {"metadata": {"total_size": total}, "weight_map": weight_map},
+        "tokenizer_config.json": {"add_bos_token": True, "add_eos_token": False, "tokenizer_class": "LlamaTokenizer"},
+        "special_tokens_map.json": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    }
+    for name, content in contents.items():
+        (target / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    return target
+
+
+def adapter_file(target: Path) -> Path:
+    """`attn_adapters_projectors.th` in the folder `target`: full size for SD1.5, its mapping fits `llava_folder`."""
+    target.mkdir(parents=True, exist_ok=True)
+    groups = adapter_groups(SD15, embedding=EMBEDDING, hidden=HIDDEN)
+    halves = {name: {key: value.half() for key, value in group.items()} for name, group in groups.items()}
+    path = target / "attn_adapters_projectors.th"
+    _written(path, lambda partial: torch.save(halves, partial))
+    return path
+
+
+def _written(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file that appears only once it is complete."""
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".part")
+    os.close(handle)
+    try:
+        write(Path(partial))
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def _checkpoint_shapes() -> Shapes:
+    """Names and shapes of a checkpoint, from ComfyUI's own modules."""
+    from comfy.cli_args import args
+
+    args.cpu = args.cpu or not torch.cuda.is_available()
+    import comfy.ops
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from comfy.sd1_clip import SDClipModel
+
+    with torch.device("meta"):
+        parts: dict[str, torch.nn.Module] = {
+            "model.diffusion_model.": UNetModel(**unet_config(SD15), operations=comfy.ops.disable_weight_init),
+            "first_stage_model.": AutoencoderKL(ddconfig=_VAE, embed_dim=4),
+            "cond_stage_model.": SDClipModel(),
+        }
+    kept = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model.")
+    shapes = {prefix + key: tuple(v.shape) for prefix, part in parts.items() for key, v in part.state_dict().items()}
+    return {key: shape for key, shape in shapes.items() if key.startswith(kept)}
+
+
+def _vocabulary() -> int:
+    """How many tokens the tokenizer knows."""
+    from sentencepiece import SentencePieceProcessor
+
+    return SentencePieceProcessor(model_file=str(TOKENIZER)).vocab_size()
+
+
+def _llava_config(vocabulary: int) -> dict[str, Any]:
+    return {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava",
+        "hidden_size": HIDDEN,
+        "intermediate_size": 2 * HIDDEN,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 4096,
+        "mm_hidden_size": VISION_WIDTH,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "image_aspect_ratio": "pad",
+        "torch_dtype": "float16",
+    }
+
+
+def _llava_shapes(vocabulary: int) -> Shapes:
+    language = {"model.embed_tokens.weight": (vocabulary, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    for i in range(4):
+        language |= {f"model.layers.{i}.self_attn.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkvo"}
+        language |= {f"model.layers.{i}.mlp.{name}_proj.weight": (2 * HIDDEN, HIDDEN) for name in ("gate", "up")}
+        language[f"model.layers.{i}.mlp.down_proj.weight"] = (HIDDEN, 2 * HIDDEN)
+        language |= {f"model.layers.{i}.{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")}
+    projector = _linear("model.mm_projector.0", VISION_WIDTH, HIDDEN) | _linear("model.mm_projector.2", HIDDEN, HIDDEN)
+    vision = _vision_shapes(image=112, patch=14, layers=4)
+    return {**language, **vision, **projector, "lm_head.weight": (vocabulary, HIDDEN)}
+
+
+def _vision_shapes(image: int, patch: int, layers: int) -> Shapes:
+    prefix, width = "model.vision_tower.vision_tower.vision_model.", VISION_WIDTH
+    shapes: Shapes = {
+        f"{prefix}embeddings.class_embedding": (width,),
+        f"{prefix}embeddings.patch_embedding.weight": (width, 3, patch, patch),
+        f"{prefix}embeddings.position_embedding.weight": ((image // patch) ** 2 + 1, width),
+    }
+    for name in ("pre_layrnorm", "post_layernorm"):
+        shapes |= {f"{prefix}{name}.weight": (width,), f"{prefix}{name}.bias": (width,)}
+    for i in range(layers):
+        layer = f"{prefix}encoder.layers.{i}."
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= _linear(f"{layer}self_attn.{name}", width, width)
+        shapes |= _linear(f"{layer}mlp.fc1", width, 2 * width) | _linear(f"{layer}mlp.fc2", 2 * width, width)
+        for name in ("layer_norm1", "layer_norm2"):
+            shapes |= {f"{layer}{name}.weight": (width,), f"{layer}{name}.bias": (width,)}
+    return shapes
+
+
+def _linear(name: str, inputs: int, outputs: int) -> Shapes:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
