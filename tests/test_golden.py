@@ -1,0 +1,29 @@
+"""The released code's recorded runs, through the pack's patches and ComfyUI's sampling."""
+
+from pathlib import Path
+
+import golden
+import mllm_golden
+import pytest
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.mark.parametrize("name", ["tiny_context", pytest.param("tiny_texture", marks=pytest.mark.slow)])
+def test_every_step_follows_the_released_code(name: str) -> None:
+    case, trace, recorder = golden.run_case(DATA / "golden", name)
+    worst = golden.errors(case, trace, recorder)
+    assert len(recorder.eps) == len(case["timesteps"])
+    assert worst["eps"] <= golden.TOLERANCE and worst["mask"] <= golden.TOLERANCE
+    # The check can fail: steps in the wrong order are far outside the tolerance.
+    recorder.eps.reverse()
+    recorder.masks.reverse()
+    swapped = golden.errors(case, trace, recorder)
+    assert swapped["eps"] > 100 * golden.TOLERANCE and swapped["mask"] > 100 * golden.TOLERANCE
+
+
+def test_the_mllm_follows_the_original_llava() -> None:
+    worst = mllm_golden.compare(DATA / "mllm" / "tiny56")
+    assert not mllm_golden.failed(worst), worst
+    assert mllm_golden.failed({**worst, "ids": False})
+    assert mllm_golden.failed({**worst, "last_hidden": float("nan")})

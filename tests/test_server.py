@@ -1,0 +1,239 @@
+"""Whole graphs through a real ComfyUI server's API, as a user's client queues them."""
+
+import copy
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bootstrap import ROOT, comfyui_path
+from comfy_cli.workflow_to_api import convert_ui_to_api
+from comfy_server import ComfyServer, ExecutionFailedError, Prompt, PromptRefusedError, Run
+from comfyui_source import cache_dir
+from PIL import Image
+from random_weights import adapter_file, llava_folder, sd15_checkpoint
+
+pytestmark = pytest.mark.server
+TESTS = Path(__file__).parent
+SNAPSHOT = TESTS / "data" / "object_info.json"
+FILE_LISTS = ("model_name", "adapter_name", "subject_name")
+MOMA_NODES = 9
+
+
+def api(name: str) -> Prompt:
+    """A committed API prompt, made small: fewer steps, a small wide picture, the test's photograph."""
+    prompt = json.loads((TESTS / "api" / f"{name}.json").read_text())
+    for node in prompt.values():
+        if node["class_type"] == "LoadImage":
+            node["inputs"]["image"] = "photo_masked.png"
+        elif node["class_type"] == "EmptyLatentImage":
+            node["inputs"] |= {"width": 256, "height": 192}
+        elif node["class_type"] == "KSampler":
+            node["inputs"]["steps"] = 2
+    return prompt
+
+
+def find(prompt: Prompt, kind: str) -> str:
+    """The id of the one node of a class."""
+    (name,) = [name for name, node in prompt.items() if node["class_type"] == kind]
+    return name
+
+
+def inputs(prompt: Prompt, kind: str) -> dict[str, Any]:
+    """The inputs of the one node of a class."""
+    return prompt[find(prompt, kind)]["inputs"]
+
+
+def picture(server: ComfyServer, prompt: Prompt, run: Run, kind: str = "SaveImage") -> np.ndarray:
+    """The pixels that an output node gave."""
+    (file,) = run.files(find(prompt, kind))
+    return np.asarray(Image.open(io.BytesIO(server.view(file))))
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A server with the pack and no models."""
+    with ComfyServer(comfyui_path(), tmp_path_factory.mktemp("bare")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A server with random weights of the real formats, and the photograph."""
+    folder = tmp_path_factory.mktemp("models") / "MoMA_llava_7b"
+    adapter_file(llava_folder(folder))
+    models = {
+        "checkpoints/v1-5-pruned-emaonly-fp16.safetensors": sd15_checkpoint(cache_dir()),
+        "moma/MoMA_llava_7b": folder,
+    }
+    with ComfyServer(comfyui_path(), tmp_path_factory.mktemp("server"), models) as started:
+        started.add_input(TESTS / "data" / "subject" / "photo_masked.png")
+        started.add_input(TESTS / "data" / "subject" / "photo.jpg")
+        yield started
+
+
+@pytest.fixture(scope="module")
+def first(server: ComfyServer) -> tuple[Run, np.ndarray]:
+    """The new-context workflow, run once."""
+    run = server.run(api("new_context"))
+    return run, picture(server, api("new_context"), run)
+
+
+def contract(info: dict[str, Any]) -> dict[str, Any]:
+    """What workflows rely on: ids, inputs with types and defaults, outputs; without the lists of files."""
+    nodes = {}
+    for name, node in sorted(info.items()):
+        if name.startswith("MoMA"):
+            groups = {kind: copy.deepcopy(node["input"].get(kind, {})) for kind in ("required", "optional")}
+            for group in groups.values():
+                for key, spec in group.items():
+                    spec[1:] = [{k: v for k, v in spec[1].items() if k != "tooltip"}] if len(spec) > 1 else []
+                    if key in FILE_LISTS:
+                        spec[1].pop("options")
+            nodes[name] = {"input": groups, "output": node["output"], "output_name": node["output_name"]}
+            nodes[name] |= {key: node[key] for key in ("display_name", "category", "output_node")}
+    return nodes
+
+
+def test_the_pack_loads_and_keeps_its_contract(bare: ComfyServer) -> None:
+    """Set UPDATE_SNAPSHOT=1 to accept a changed contract; say so in the changelog."""
+    found = contract(bare.object_info())
+    assert len(found) == MOMA_NODES
+    assert "IMPORT FAILED" not in bare.log() and "Traceback" not in bare.log()
+    if os.environ.get("UPDATE_SNAPSHOT"):
+        SNAPSHOT.write_text(json.dumps(found, indent=1) + "\n")
+    assert found == json.loads(SNAPSHOT.read_text())
+
+
+def test_nodes_can_be_found_and_explain_themselves(bare: ComfyServer) -> None:
+    for name, node in bare.object_info().items():
+        if name.startswith("MoMA"):
+            assert node["category"] == "MoMA" and node["description"]
+            assert {"personalize", "subject", "reference", "IPAdapter", "LLaVA"} <= set(node["search_aliases"])
+            assert all(node["output_tooltips"])
+            specs = [spec for kind in ("required", "optional") for spec in node["input"].get(kind, {}).values()]
+            assert all(spec[1]["tooltip"] for spec in specs)
+            help_page = bare.get(f"/extensions/ComfyUI-MoMA/docs/{name}.md").decode()
+            assert help_page.startswith(f"# {node['display_name']}")
+
+
+def test_workflows_are_templates_and_equal_the_api_prompts(bare: ComfyServer) -> None:
+    files = sorted((ROOT / "workflows").glob("*.json"))
+    templates = json.loads(bare.get("/workflow_templates"))
+    assert sorted(templates["ComfyUI-MoMA"]) == [file.stem for file in files] == ["new_context", "new_texture"]
+    info = bare.object_info()
+    for file in files:
+        converted = convert_ui_to_api(json.loads(file.read_text()), info)
+        committed = json.loads((TESTS / "api" / file.name).read_text())
+        assert {k: (n["class_type"], n["inputs"]) for k, n in converted.items()} == {
+            k: (n["class_type"], n["inputs"]) for k, n in committed.items()
+        }
+
+
+def test_missing_files_are_named_before_anything_runs(bare: ComfyServer) -> None:
+    with pytest.raises(PromptRefusedError) as refusal:
+        bare.run(api("new_context"))
+    message = str(refusal.value)
+    folder = str(bare.base / "models" / "moma")
+    for part in ("there is no MLLM folder 'MoMA_llava_7b'", "there is no adapter", folder, "huggingface.co/Kunpeng"):
+        assert part in message
+    with pytest.raises(PromptRefusedError, match=r"there is no saved subject 'cup_00001_\.safetensors'.*moma_subjects"):
+        bare.run(api("from_subject"))
+
+
+@pytest.mark.slow
+def test_the_new_context_workflow(server: ComfyServer, first: tuple[Run, np.ndarray]) -> None:
+    prompt = api("new_context")
+    run, image = first
+    assert image.shape == (192, 256, 3) and image.std() > 1
+    mask = picture(server, prompt, run, "MoMASubjectMask")
+    assert mask.shape[:2] == (192, 256) and len(np.unique(mask)) > 10
+    (saved,) = run.files(find(prompt, "MoMASaveSubject"), "moma_subjects")
+    assert (server.output / saved["subfolder"] / saved["filename"]).stat().st_size > 1_000_000
+    assert any(node == find(prompt, "MoMAExtractSubject") for node, _, _ in run.progress)
+
+
+@pytest.mark.slow
+def test_the_saved_subject_gives_the_same_picture_without_the_mllm(
+    server: ComfyServer, first: tuple[Run, np.ndarray]
+) -> None:
+    prompt = api("from_subject")
+    run = server.run(prompt)
+    assert np.array_equal(picture(server, prompt, run), first[1])
+
+
+@pytest.mark.slow
+def test_another_seed_does_not_run_the_mllm(server: ComfyServer, first: tuple[Run, np.ndarray]) -> None:
+    prompt = api("new_context")
+    inputs(prompt, "KSampler")["seed"] += 1
+    run = server.run(prompt)
+    again = {prompt[name]["class_type"] for name in run.executed}
+    assert "KSampler" in again
+    assert not again & {"MoMALoadMLLM", "MoMALoadAdapter", "MoMAExtractSubject", "MoMASelfAttnShortcut"}
+    assert not np.array_equal(picture(server, prompt, run), first[1])
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_can_be_run_again(server: ComfyServer) -> None:
+    prompt = api("new_context")
+    inputs(prompt, "KSampler")["seed"] = 77
+    sampler = find(prompt, "KSampler")
+
+    def interrupt(event: dict[str, Any]) -> None:
+        if event["type"] == "progress" and event["data"]["node"] == sampler:
+            server.interrupt()
+
+    assert server.run(prompt, interrupt).interrupted
+    after = picture(server, prompt, server.run(prompt))
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    fresh = server.run(prompt)
+    assert sampler in fresh.executed
+    assert np.array_equal(picture(server, prompt, fresh), after)
+
+
+@pytest.mark.slow
+def test_strength_and_weight_zero_are_the_unpatched_model(server: ComfyServer) -> None:
+    off = api("new_context")
+    inputs(off, "MoMASelfAttnShortcut")["strength"] = 0.0
+    inputs(off, "MoMAApplyAdapter")["weight"] = 0.0
+    patched = picture(server, off, server.run(off))
+    plain = copy.deepcopy(off)
+    inputs(plain, "KSampler")["model"] = [find(plain, "CheckpointLoaderSimple"), 0]
+    del plain[find(plain, "MoMASubjectMask")]
+    assert np.array_equal(patched, picture(server, plain, server.run(plain)))
+
+
+@pytest.mark.slow
+def test_the_new_texture_workflow_with_grey_and_unmasked_pictures(
+    server: ComfyServer, first: tuple[Run, np.ndarray]
+) -> None:
+    prompt = api("new_texture")
+    grey = server.input / "grey.png"
+    Image.open(TESTS / "data" / "subject" / "photo.jpg").convert("L").save(grey)
+    inputs(prompt, "LoadImage")["image"] = grey.name
+    del inputs(prompt, "MoMAExtractSubject")["mask"]
+    image = picture(server, prompt, server.run(prompt))
+    assert image.std() > 1 and not np.array_equal(image, first[1])
+
+
+@pytest.mark.slow
+def test_an_empty_mask_is_refused_at_the_node(server: ComfyServer) -> None:
+    prompt = api("new_context")
+    inputs(prompt, "LoadImage")["image"] = "photo.jpg"
+    with pytest.raises(ExecutionFailedError, match="^MoMAExtractSubject: mask is empty: no pixel is marked") as failure:
+        server.run(prompt)
+    assert failure.value.node_type == "MoMAExtractSubject"
+
+
+@pytest.mark.slow
+def test_a_prompt_without_the_subject_warns_at_the_node(server: ComfyServer) -> None:
+    prompt = api("new_context")
+    inputs(prompt, "MoMATextEncode").update(prompt="A beach.", template="{prompt}")
+    run = server.run(prompt)
+    (warning,) = run.outputs[find(prompt, "MoMATextEncode")]["text"]
+    assert "the subject 'cup' is not among the words of the prompt 'A beach.'" in warning
+    assert picture(server, prompt, run).std() > 1
