@@ -1,0 +1,169 @@
+"""Adapter files and saved subjects: what is read, written, converted and refused."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bootstrap import ROOT
+from comfyui_moma.moma_modules.adapter import load_adapter
+from comfyui_moma.moma_modules.adapter_file import convert_adapter, is_adapter_safetensors, read_adapter
+from comfyui_moma.moma_modules.subject import load_subject, save_subject
+from safetensors import safe_open
+from safetensors.torch import save_file
+from scene import tiny_adapter, tiny_subject
+from tiny_models import adapter_groups
+
+Groups = dict[str, dict[str, torch.Tensor]]
+
+
+@pytest.fixture
+def adapter_path(tmp_path: Path) -> Path:
+    """A small adapter in half precision, with keys that nobody needs."""
+    groups = adapter_groups(embedding=8, hidden=16)
+    halves = {name: {key: value.half() for key, value in group.items()} for name, group in groups.items()}
+    halves["llm_mapping"]["vlm.something_else"] = torch.zeros(3)
+    path = tmp_path / "attn_adapters_projectors.th"
+    torch.save(halves, path)
+    return path
+
+
+def test_the_converted_adapter_is_the_same(adapter_path: Path) -> None:
+    target = adapter_path.with_suffix(".safetensors")
+    before = adapter_path.read_bytes()
+    command = [sys.executable, "-m", "moma_modules.convert_adapter", str(adapter_path), str(target)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and target.name in done.stdout, done.stderr
+    assert adapter_path.read_bytes() == before and not list(adapter_path.parent.glob("*.part"))
+    old, new = read_adapter(adapter_path), read_adapter(target)
+    assert is_adapter_safetensors(target) and new.identity == old.identity and new.scales == old.scales
+    assert old.tensors.keys() == new.tensors.keys()
+    assert all(torch.equal(old.tensors[key], new.tensors[key]) for key in old.tensors)
+    assert {tensor.dtype for tensor in new.tensors.values()} == {torch.float16}
+
+
+def test_the_converter_refuses_another_suffix(adapter_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^The target must end in \.safetensors, got adapter\.bin"):
+        convert_adapter(adapter_path, adapter_path.with_name("adapter.bin"))
+
+
+def test_sizes_come_from_the_file(adapter_path: Path) -> None:
+    adapter = load_adapter(adapter_path)
+    assert (adapter.embedding_size, adapter.hidden_size, adapter.context_size) == (8, 16, 64)
+    assert adapter.layer_sizes[:2] == (32, 32) and len(adapter.layer_sizes) == 32 and len(adapter.scales) == 16
+    for dtype in (torch.float32, torch.bfloat16):  # computed in the dtype of the input, whatever is stored
+        assert adapter.module.projector(torch.zeros(2, 8, dtype=dtype)).dtype == dtype
+    assert adapter.map_hidden_state(torch.ones(1, 16)).shape == (1, 8)
+
+
+def _edit(change: Callable[[Groups], Any]) -> Callable[[Path], None]:
+    def edit(path: Path) -> None:
+        groups = torch.load(path, weights_only=True)
+        change(groups)
+        torch.save(groups, path)
+
+    return edit
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:2000]), r"is not a readable PyTorch file \(trunc"),
+    "text": (lambda path: path.write_text("<html>not found</html>"), "was refused: it is truncated, not a PyTorch"),
+    "a list": (lambda path: torch.save([1], path), "holds a list, not the groups of a MoMA adapter"),
+    "group": (_edit(lambda g: g.pop("llm_mapping")), r"group 'llm_mapping' is missing \(found: projectors"),
+    "key": (_edit(lambda g: g["self_cross_attentions"].pop("7.to_v_ip.weight")), r"'self_cross_.*7\.to_v_ip\.weight'"),
+    "shape": (_edit(lambda g: g["projectors"].update({"proj.bias": torch.zeros(3)})), r"'projectors\.proj\.bias'.*3"),
+    "nan": (
+        _edit(lambda g: g["projectors"]["norm.weight"].fill_(torch.nan)),
+        r"'projectors\.norm\.weight' holds NaN",
+    ),
+    "integers": (
+        _edit(lambda g: g["projectors"].update({"norm.bias": torch.zeros(64, dtype=torch.int32)})),
+        r"'projectors\.norm\.bias' should be a floating-point tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_adapter_is_refused_by_name(adapter_path: Path, kind: str) -> None:
+    break_it, message = BROKEN[kind]
+    break_it(adapter_path)
+    with pytest.raises(ValueError, match=rf"attn_adapters_projectors\.th.*{message}"):
+        read_adapter(adapter_path)
+
+
+def test_code_in_an_adapter_is_not_run(tmp_path: Path) -> None:
+    target = tmp_path / "harm"
+
+    class Harm:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (target,))
+
+    torch.save({"projectors": Harm()}, tmp_path / "adapter.th")
+    with pytest.raises(ValueError, match="was refused: .*holds code instead of weights"):
+        read_adapter(tmp_path / "adapter.th")
+    assert not target.exists()
+
+
+@pytest.fixture
+def subject() -> Any:
+    return tiny_subject(tiny_adapter(), "stuffed animal")
+
+
+def test_a_subject_survives_its_file(subject: Any, tmp_path: Path) -> None:
+    save_subject(subject, tmp_path / "s.safetensors")
+    loaded = load_subject(tmp_path / "s.safetensors")
+    assert loaded.key == subject.key and torch.equal(loaded.embedding, subject.embedding)
+    assert torch.equal(loaded.image, subject.image) and torch.equal(loaded.mask, subject.mask)
+    assert (loaded.word, loaded.prompt) == (subject.word, subject.prompt)
+    assert loaded.adapter_identity == subject.adapter_identity
+    assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
+    for other in ({"word": "car"}, {"embedding": subject.embedding + 1}, {"mask": ~subject.mask}):
+        assert replace(subject, **other).key != subject.key
+
+
+def _rewrite(path: Path, metadata: dict[str, str | None], **tensors: torch.Tensor | None) -> None:
+    with safe_open(path, framework="pt") as file:
+        content = {key: file.get_tensor(key) for key in ("embedding", "image", "mask")}
+        entries = dict(file.metadata())
+    kept = {key: value for key, value in (content | tensors).items() if value is not None}
+    save_file(kept, path, {key: value for key, value in (entries | metadata).items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("metadata", "tensors", "message"),
+    [
+        ({"format": "lora"}, {}, r"is not a saved MoMA subject \(format 'lora'\)"),
+        ({"version": "2"}, {}, "has format version '2'; this version of the pack reads 1. Update ComfyUI-MoMA"),
+        ({"prompt": None}, {}, "lacks the entry 'prompt'"),
+        ({}, {"mask": None}, "should hold embedding, image and mask, found embedding, image"),
+        ({}, {"mask": torch.zeros(64, 64, dtype=torch.uint8)}, "the mask is empty"),
+        (
+            {},
+            {"mask": torch.ones(8, 8, dtype=torch.uint8)},
+            r"mask is torch\.uint8 \(8, 8\), expected uint8 \(64, 64\)",
+        ),
+        ({}, {"image": torch.zeros(64, 64, 3)}, r"image is torch\.float32 \(64, 64, 3\), expected uint8"),
+        ({}, {"embedding": torch.full((1, 48), torch.nan)}, "the embedding holds NaN"),
+        ({}, {"embedding": torch.zeros(48)}, r"embedding is torch\.float32 \(48,\), expected float32 \[1, N\]"),
+    ],
+)
+def test_a_broken_subject_is_refused_by_name(
+    subject: Any, tmp_path: Path, metadata: dict[str, Any], tensors: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "cup.safetensors"
+    save_subject(subject, path)
+    _rewrite(path, metadata, **tensors)
+    with pytest.raises(ValueError, match=rf"cup\.safetensors.*{message}"):
+        load_subject(path)
+
+
+def test_a_truncated_subject_is_refused(subject: Any, tmp_path: Path) -> None:
+    path = tmp_path / "cup.safetensors"
+    save_subject(subject, path)
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"cup\.safetensors is not a readable saved subject"):
+        load_subject(path)
