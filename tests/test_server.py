@@ -158,16 +158,8 @@ def test_the_new_context_workflow(server: ComfyServer, first: tuple[Run, np.ndar
 
 
 @pytest.mark.slow
-def test_the_saved_subject_gives_the_same_picture_without_the_mllm(
-    server: ComfyServer, first: tuple[Run, np.ndarray]
-) -> None:
-    prompt = api("from_subject")
-    run = server.run(prompt)
-    assert np.array_equal(picture(server, prompt, run), first[1])
-
-
-@pytest.mark.slow
 def test_another_seed_does_not_run_the_mllm(server: ComfyServer, first: tuple[Run, np.ndarray]) -> None:
+    """Right after `first`: ComfyUI keeps the results of the last prompt only."""
     prompt = api("new_context")
     inputs(prompt, "KSampler")["seed"] += 1
     run = server.run(prompt)
@@ -175,6 +167,15 @@ def test_another_seed_does_not_run_the_mllm(server: ComfyServer, first: tuple[Ru
     assert "KSampler" in again
     assert not again & {"MoMALoadMLLM", "MoMALoadAdapter", "MoMAExtractSubject", "MoMASelfAttnShortcut"}
     assert not np.array_equal(picture(server, prompt, run), first[1])
+
+
+@pytest.mark.slow
+def test_the_saved_subject_gives_the_same_picture_without_the_mllm(
+    server: ComfyServer, first: tuple[Run, np.ndarray]
+) -> None:
+    prompt = api("from_subject")
+    run = server.run(prompt)
+    assert np.array_equal(picture(server, prompt, run), first[1])
 
 
 @pytest.mark.slow
