@@ -1,0 +1,171 @@
+"""Where the subject is: its tokens in a prompt, the mask from attention, and the reference picture."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.sd
+import comfy.sd1_clip
+import numpy as np
+import pytest
+import torch
+from comfy.sd1_clip import SD1Tokenizer
+from comfyui_moma.moma_modules.comfy_bridge.conditioning import TOKENS_KEY
+from comfyui_moma.moma_modules.comfy_bridge.text import encode_prompt, encode_word
+from comfyui_moma.moma_modules.reference_image import prepare_reference
+from comfyui_moma.moma_modules.subject_mask import subject_mask, token_attention
+from comfyui_moma.moma_modules.subject_tokens import PROMPT_TEMPLATE, fill_template, find_subject
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scene import tiny_adapter, tiny_subject
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+TOKENIZER = SD1Tokenizer()
+
+
+def positions(text: str, subject: str) -> tuple[int, ...]:
+    words = [TOKENIZER.tokenize_with_weights(word)["l"] for word in subject.split()]
+    return find_subject(TOKENIZER.tokenize_with_weights(text)["l"], words)
+
+
+@pytest.mark.parametrize("name", ["tiny_context", "tiny_texture"])
+def test_positions_of_the_recorded_runs(name: str) -> None:
+    case = json.loads((GOLDEN / f"{name}.json").read_text())
+    text = fill_template(PROMPT_TEMPLATE, case["subject"], case["prompt"])
+    assert positions(text, case["subject"]) == tuple(case["subject_token_idx"])
+
+
+@pytest.mark.parametrize(
+    ("text", "subject", "expected"),
+    [
+        ("a car and a car", "car", (2, 5)),
+        ("a carpet", "car", ()),
+        ("a (car:1.3) at sea", "car", (2,)),
+        ("a stuffed dog, stuffed", "stuffed dog", (2, 3, 5)),
+        ("word " * 80 + "car", "car", (77 + 80 - 75 + 1,)),
+        ("", "car", ()),
+    ],
+)
+def test_positions(text: str, subject: str, expected: tuple[int, ...]) -> None:
+    assert positions(text, subject) == expected
+
+
+def test_a_word_of_several_tokens() -> None:
+    count = len([t for t, *_ in TOKENIZER.tokenize_with_weights("axolotl")["l"][0] if t not in (49406, 49407)])
+    assert count > 1 and positions("an axolotl swims", "axolotl") == tuple(range(2, 2 + count))
+
+
+def test_other_braces_in_a_template_stay() -> None:
+    assert fill_template("{a|b} {subject}: {prompt}", "cup", "{prompt}") == "{a|b} cup: {prompt}"
+
+
+class TinyClip(comfy.sd1_clip.SD1ClipModel):
+    """SD1.5's text encoder, small."""
+
+    def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict[str, Any] | None = None) -> None:
+        config = {
+            "num_hidden_layers": 2,
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+            "hidden_act": "quick_gelu",
+            "num_positions": 77,
+            "vocab_size": 49408,
+            "eos_token_id": 49407,
+            "max_position_embeddings": 77,
+        }
+        kind = comfy.sd1_clip.SDClipModel
+        super().__init__(device, dtype, model_options or {}, clip_model=kind, textmodel_json_config=config)
+
+
+def brute_force_mask(maps: np.ndarray) -> np.ndarray:
+    """SPEC, literally: [2, N] negative and positive to the positive mask [N]."""
+    values = (maps - maps.min()) / (maps.max() - maps.min())
+    values = np.where(values <= 0.2, 0.0, values)
+    return ((values - values.min()) / (values.max() - values.min()))[1]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.integers(2, 40))
+def test_the_mask_is_that_of_the_spec(seed: int, size: int) -> None:
+    maps = torch.rand(2, size, generator=torch.Generator().manual_seed(seed))
+    ours = subject_mask(maps, torch.ones_like(maps, dtype=torch.bool)).numpy()
+    np.testing.assert_allclose(ours, brute_force_mask(maps.numpy()), atol=1e-6)
+
+
+def test_a_constant_map_is_no_mask_and_uncovered_places_do_not_count() -> None:
+    covered = torch.ones(2, 6, dtype=torch.bool)
+    assert torch.equal(subject_mask(torch.full((2, 6), 0.3), covered), torch.ones(6))
+    maps = torch.rand(2, 6)
+    covered[:, 4:] = False
+    maps[:, 4:] = 99.0
+    mask = subject_mask(maps, covered)
+    assert torch.equal(mask[4:], torch.zeros(2))
+    np.testing.assert_allclose(mask[:4], brute_force_mask(maps[:, :4].numpy()), atol=1e-6)
+
+
+def test_attention_is_summed_over_tokens_and_averaged_over_heads() -> None:
+    q, k = torch.randn(1, 5, 8), torch.randn(1, 7, 8)
+    tokens = torch.zeros(1, 1, 7)
+    tokens[..., [2, 3]] = 1
+    heads = [(q[0, :, s] @ k[0, :, s].T / 2.0).softmax(-1)[:, [2, 3]].sum(-1) for s in (slice(0, 4), slice(4, 8))]
+    expected = torch.stack(heads).mean(0)
+    assert torch.allclose(token_attention(q, k, tokens, heads=2)[0, 0], expected, atol=1e-6)
+
+
+def test_squash_is_the_released_resize() -> None:
+    image = torch.rand(1, 100, 60, 3)
+    mask = torch.zeros(1, 40, 40)
+    mask[:, 10:20, 10:20] = 1
+    reference = prepare_reference(image, mask)
+    pixels = Image.fromarray((image[0] * 255).round().to(torch.uint8).numpy())
+    assert np.array_equal(reference.image.numpy(), np.asarray(pixels.resize((512, 512), Image.Resampling.BILINEAR)))
+    stencil = Image.fromarray((mask[0] * 255).to(torch.uint8).numpy())
+    expected = np.asarray(stencil.resize((512, 512), Image.Resampling.BILINEAR)) > 0
+    assert np.array_equal(reference.mask.numpy(), expected)
+
+
+def test_pad_and_crop_keep_the_aspect_ratio() -> None:
+    image, mask = torch.zeros(1, 50, 100, 3), torch.zeros(1, 50, 100)
+    mask[..., 90:] = 1
+    padded = prepare_reference(image, mask, "pad")
+    assert bool((padded.image[:100] == 255).all()) and bool((padded.image[200:300] == 0).all())
+    assert not padded.mask[:100].any() and bool(padded.mask[256, 500])
+    cropped = prepare_reference(image, mask, "crop")
+    assert bool(cropped.mask[:, 420:].all()) and not cropped.mask[:, :380].any()
+    with pytest.raises(ValueError, match="fit is 'stretch'; choose one of squash, pad, crop"):
+        prepare_reference(image, mask, "stretch")
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 4), st.sampled_from(["squash", "pad", "crop"]))
+def test_any_picture_becomes_a_reference(height: int, width: int, channels: int, fit: str) -> None:
+    reference = prepare_reference(torch.ones(1, height, width, channels), None, fit)
+    assert reference.image.shape == (512, 512, 3) and bool(reference.mask.any())
+
+
+@pytest.fixture(scope="module")
+def clip() -> Any:
+    torch.manual_seed(0)
+    made = comfy.sd.CLIP(SimpleNamespace(params={}, clip=TinyClip, tokenizer=SD1Tokenizer))
+    for weight in made.cond_stage_model.parameters():
+        weight.data = torch.randn(weight.shape) * 0.05
+    return made
+
+
+def test_a_prompt_knows_its_subject(clip: Any) -> None:
+    subject = tiny_subject(tiny_adapter())
+    conditioning, text, warning = encode_prompt(clip, subject, "A car at sea.", PROMPT_TEMPLATE)
+    assert text == "photo of a car. A car at sea." and warning is None
+    assert conditioning[0][0].shape == (1, 77, 64)
+    assert conditioning[0][1][TOKENS_KEY] == {subject.key: (4, 7)}
+    conditioning, _, warning = encode_prompt(clip, subject, "A boat.", "{prompt}")
+    assert conditioning[0][1][TOKENS_KEY] == {subject.key: ()}
+    assert warning and "'car' is not among the words of the prompt 'A boat.'" in warning
+
+
+def test_the_word_alone_is_encoded_for_the_reference_pass(clip: Any) -> None:
+    assert encode_word(clip, "car").shape == (1, 77, 64)
+    assert not torch.equal(encode_word(clip, "car"), encode_word(clip, "dog"))
