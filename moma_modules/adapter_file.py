@@ -87,7 +87,8 @@ def is_adapter_safetensors(path: Path) -> bool:
     """Whether a `.safetensors` file's header looks like an adapter (only the header is read)."""
     try:
         with safe_open(path, framework="pt") as file:
-            return "projectors.proj.weight" in file.keys()  # noqa: SIM118 - safe_open is not iterable
+            names = file.keys()
+            return "projectors.proj.weight" in names
     except (SafetensorError, OSError):
         return False
 
@@ -95,7 +96,8 @@ def is_adapter_safetensors(path: Path) -> bool:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable .safetensors file: {error}") from error
     return _needed(tensors, path)
