@@ -29,7 +29,6 @@ CFG = 7.5
 class Recorder:
     """Collects what the UNet is given and returns, and the mask after every evaluation."""
 
-    x_in: list[torch.Tensor] = field(default_factory=list)
     eps: list[torch.Tensor] = field(default_factory=list)
     masks: list[torch.Tensor] = field(default_factory=list)
 
@@ -38,7 +37,6 @@ class Recorder:
         if options.get("moma") is not None:  # not the reference pass
             order = options["cond_or_uncond"]
             rows = {index: part for index, part in zip(order, out.chunk(len(order)), strict=True)}
-            self.x_in.append(x.chunk(len(order))[0].clone())
             self.eps.append(torch.cat([rows[1], rows[0]]))
         return out
 
