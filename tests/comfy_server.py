@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACK_NAME = "ComfyUI-MoMA"
 START_SECONDS = 240
 RUN_SECONDS = 3600
+HISTORY_SECONDS = 60
 
 Prompt = dict[str, dict[str, Any]]
 Event = dict[str, Any]
@@ -248,7 +249,13 @@ class ComfyServer:
         return "\n".join(self.log().splitlines()[-30:])
 
     def _history(self, prompt_id: str) -> dict[str, Any]:
-        return dict(json.loads(self.get(f"/history/{prompt_id}"))[prompt_id])
+        """What the server keeps of a prompt; it may write that down only after it has announced the end."""
+        deadline = time.monotonic() + HISTORY_SECONDS
+        while time.monotonic() < deadline:
+            if found := json.loads(self.get(f"/history/{prompt_id}")).get(prompt_id):
+                return dict(found)
+            time.sleep(0.1)
+        raise ServerError(f"ComfyUI has no history of prompt {prompt_id}:\n{self._log_end()}")
 
     def _next_event(self, connection: Any, run: Run, on_event: Callable[[Event], None]) -> Event:
         """The next event of this run; previews and other prompts are skipped."""
