@@ -219,7 +219,8 @@ class ComfyServer:
             self._port = free.getsockname()[1]
         command = [self._python, str(self._comfyui / "main.py"), "--base-directory", str(self.base)]
         command += ["--listen", "127.0.0.1", "--port", str(self._port), "--disable-auto-launch", "--disable-api-nodes"]
-        command += ["--database-url", "sqlite:///:memory:", *self._arguments]
+        # Not in memory: there every thread of ComfyUI's has a database of its own, and all but one lack the tables.
+        command += ["--database-url", f"sqlite:///{(self.base / 'comfyui.db').as_posix()}", *self._arguments]
         with self.log_file.open("wb") as log:
             # Its own process group, so that it can be ended with all that it started.
             self._process = subprocess.Popen(
