@@ -1,7 +1,7 @@
 """A subject: what MoMA knows of the thing in the reference image, and its file."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,33 +22,62 @@ class Subject:
         embedding: [1, 1024] float32 on the CPU: the mapped hidden state of the MLLM.
         word: The subject word(s), as in "car" or "stuffed animal".
         prompt: The prompt it was extracted for.
-        image: Reference [512, 512, 3] uint8, background included.
-        mask: [512, 512] bool, True on the subject.
+        images: References [N, 512, 512, 3] uint8, background included.
+        masks: [N, 512, 512] bool, True on the subject.
         adapter_identity: Content hash of the adapter whose mapping made the embedding.
     """
 
     embedding: Tensor
     word: str
     prompt: str
-    image: Tensor
-    mask: Tensor
+    images: Tensor
+    masks: Tensor
     adapter_identity: str
 
     @cached_property
     def key(self) -> str:
         """Content hash: two equal subjects are one, wherever they came from."""
         digest = hashlib.sha256(self.word.encode())
-        for tensor in (self.embedding, self.image, self.mask.to(torch.uint8)):
+        for tensor in (self.embedding, self.images, self.masks.to(torch.uint8)):
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+def combine_subjects(first: Subject, second: Subject) -> Subject:
+    """One subject from the references of two: embeddings averaged, each reference counting alike.
+
+    The prompt is that of `first`.
+
+    Raises:
+        ValueError: The two are not the same thing: other words, other adapters, or other picture sizes.
+    """
+    for name, one, other in (
+        ("subject word", first.word, second.word),
+        ("adapter", first.adapter_identity[:12], second.adapter_identity[:12]),
+        ("embedding size", first.embedding.shape[1], second.embedding.shape[1]),
+        ("size of the references", tuple(first.images.shape[1:]), tuple(second.images.shape[1:])),
+    ):
+        if one != other:
+            raise ValueError(
+                f"subject_b cannot be combined with subject_a: the {name} is {other!r} there and {one!r} here. Combine "
+                "pictures of one subject, extracted with the same word and adapter. For two different subjects, chain "
+                "one Apply MoMA Adapter (and Self-Attn Shortcut) for each."
+            )
+    share = len(first.images) / (len(first.images) + len(second.images))
+    return replace(
+        first,
+        embedding=first.embedding * share + second.embedding * (1 - share),
+        images=torch.cat([first.images, second.images]),
+        masks=torch.cat([first.masks, second.masks]),
+    )
 
 
 def save_subject(subject: Subject, path: Path) -> None:
     """Write a subject to one `.safetensors` file, in place only once it is complete."""
     tensors = {
         "embedding": subject.embedding.contiguous(),
-        "image": subject.image.contiguous(),
-        "mask": subject.mask.to(torch.uint8).contiguous(),
+        "images": subject.images.contiguous(),
+        "masks": subject.masks.to(torch.uint8).contiguous(),
     }
     metadata = {
         "format": FORMAT,
@@ -73,20 +102,20 @@ def load_subject(path: Path) -> Subject:
             metadata = file.metadata() or {}
             _check_format(metadata, path)
             names = sorted(file.keys())
-            if names != ["embedding", "image", "mask"]:
+            if names != ["embedding", "images", "masks"]:
                 raise ValueError(
-                    f"{path} should hold embedding, image and mask, found {', '.join(names) or 'nothing'}."
+                    f"{path} should hold embedding, images and masks, found {', '.join(names) or 'nothing'}."
                 )
-            embedding, image, mask = (file.get_tensor(name) for name in names)
+            embedding, images, masks = (file.get_tensor(name) for name in names)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable saved subject: {error}") from error
-    _check_tensors(embedding, image, mask, path)
+    _check_tensors(embedding, images, masks, path)
     return Subject(
         embedding=embedding,
         word=metadata["subject"],
         prompt=metadata["prompt"],
-        image=image,
-        mask=mask > 0,
+        images=images,
+        masks=masks > 0,
         adapter_identity=metadata["adapter"],
     )
 
@@ -105,14 +134,16 @@ def _check_format(metadata: dict[str, str], path: Path) -> None:
         raise ValueError(f"{path} lacks the entry {missing[0]!r}; save the subject again.")
 
 
-def _check_tensors(embedding: Tensor, image: Tensor, mask: Tensor, path: Path) -> None:
+def _check_tensors(embedding: Tensor, images: Tensor, masks: Tensor, path: Path) -> None:
     if embedding.dtype != torch.float32 or embedding.ndim != 2 or embedding.shape[0] != 1:
         raise ValueError(f"{path}: embedding is {embedding.dtype} {tuple(embedding.shape)}, expected float32 [1, N].")
     if not embedding.isfinite().all():
         raise ValueError(f"{path}: the embedding holds NaN or infinite values.")
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"{path}: image is {image.dtype} {tuple(image.shape)}, expected uint8 [H, W, 3].")
-    if mask.dtype != torch.uint8 or mask.shape != image.shape[:2]:
-        raise ValueError(f"{path}: mask is {mask.dtype} {tuple(mask.shape)}, expected uint8 {tuple(image.shape[:2])}.")
-    if not mask.any():
-        raise ValueError(f"{path}: the mask is empty.")
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
+        raise ValueError(f"{path}: images is {images.dtype} {tuple(images.shape)}, expected uint8 [N, H, W, 3].")
+    if masks.dtype != torch.uint8 or masks.shape != images.shape[:3]:
+        raise ValueError(
+            f"{path}: masks is {masks.dtype} {tuple(masks.shape)}, expected uint8 {tuple(images.shape[:3])}."
+        )
+    if not masks.flatten(1).any(dim=1).all():
+        raise ValueError(f"{path}: a mask is empty.")

@@ -7,12 +7,13 @@ from .conditioning import TextEncode
 from .loaders import LoadAdapter, LoadMllm
 from .mask import SubjectMask
 from .patches import ApplyAdapter, SelfAttnShortcut
-from .subject import ExtractSubject, LoadSubject, SaveSubject
+from .subject import CombineSubjects, ExtractSubject, LoadSubject, SaveSubject
 
 NODES: list[type[io.ComfyNode]] = [
     LoadMllm,
     LoadAdapter,
     ExtractSubject,
+    CombineSubjects,
     TextEncode,
     ApplyAdapter,
     SelfAttnShortcut,

@@ -1,16 +1,18 @@
-"""Extract Subject Features, Save MoMA Subject, Load MoMA Subject."""
+"""Extract Subject Features, Combine MoMA Subjects, Save MoMA Subject, Load MoMA Subject."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 import folder_paths
+import torch
 from comfy_api.latest import io
 
+from ..moma_modules.adapter import Adapter
 from ..moma_modules.comfy_bridge import folders
 from ..moma_modules.mllm.encode import subject_hidden_state
-from ..moma_modules.reference_image import FITS, prepare_reference
-from ..moma_modules.subject import Subject, load_subject, save_subject
+from ..moma_modules.reference_image import FITS, prepare_references
+from ..moma_modules.subject import Subject, combine_subjects, load_subject, save_subject
 from .types import CATEGORY, SEARCH_ALIASES, MomaAdapter, MomaMllm, MomaSubject
 
 
@@ -31,7 +33,8 @@ class ExtractSubject(io.ComfyNode):
                 MomaAdapter.Input("adapter", tooltip="From Load MoMA Adapter."),
                 io.Image.Input(
                     "image",
-                    tooltip="One reference picture. Grey and transparent pictures are fine. It becomes 512x512.",
+                    tooltip="The reference picture, or a batch of pictures of one subject. Grey and transparent "
+                    "pictures are fine. Each becomes 512x512.",
                 ),
                 io.String.Input(
                     "subject",
@@ -57,8 +60,9 @@ class ExtractSubject(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="1 on the subject; any size. Unconnected: the picture's transparency, or else the whole "
-                    "picture. For the MASK of a cut-out PNG from Load Image, invert it first.",
+                    tooltip="1 on the subject; any size; one for each picture. Unconnected: the picture's "
+                    "transparency, or else the whole picture. For the MASK of a cut-out PNG from Load Image, invert it "
+                    "first.",
                 ),
             ],
             outputs=[
@@ -72,7 +76,7 @@ class ExtractSubject(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, mllm: Any, adapter: Any, image: Any, subject: str, prompt: str, fit: str, mask: Any = None
+        cls, mllm: Any, adapter: Adapter, image: Any, subject: str, prompt: str, fit: str, mask: Any = None
     ) -> io.NodeOutput:
         word = " ".join(subject.split())
         if not word:
@@ -82,12 +86,44 @@ class ExtractSubject(io.ComfyNode):
                 f"adapter {adapter.name} takes hidden states of size {adapter.hidden_size}, but mllm {mllm.name} has "
                 f"{mllm.hidden_size}: they do not belong together. Use both files of the MoMA release."
             )
-        reference = prepare_reference(image, mask, fit)
-        hidden = subject_hidden_state(mllm, reference.image.numpy(), reference.mask.numpy(), word, prompt)
-        embedding = adapter.map_hidden_state(hidden)
+        references = prepare_references(image, mask, fit)
+        embeddings = [
+            cls._embedding(mllm, adapter, one, inside, word, prompt)
+            for one, inside in zip(references.images.numpy(), references.masks.numpy(), strict=True)
+        ]
+        embedding = torch.stack(embeddings).mean(dim=0)
+        return io.NodeOutput(Subject(embedding, word, prompt, references.images, references.masks, adapter.identity))
+
+    @staticmethod
+    def _embedding(mllm: Any, adapter: Adapter, image: Any, mask: Any, word: str, prompt: str) -> torch.Tensor:
+        embedding = adapter.map_hidden_state(subject_hidden_state(mllm, image, mask, word, prompt))
         if not embedding.isfinite().all():
             raise ValueError(f"mllm {mllm.name} gave NaN for this picture and prompt; choose precision bf16 or fp32.")
-        return io.NodeOutput(Subject(embedding, word, prompt, reference.image, reference.mask, adapter.identity))
+        return embedding
+
+
+class CombineSubjects(io.ComfyNode):
+    """Several references of one subject."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MoMACombineSubjects",
+            display_name="Combine MoMA Subjects",
+            category=CATEGORY,
+            search_aliases=SEARCH_ALIASES,
+            description="Makes one subject from several pictures of the same thing: the features are averaged, and the "
+            "shortcut looks at all pictures. Chain it for more than two.",
+            inputs=[
+                MomaSubject.Input("subject_a", tooltip="From Extract Subject Features, Load or Combine MoMA Subjects."),
+                MomaSubject.Input("subject_b", tooltip="The same subject (same word, same adapter) in other pictures."),
+            ],
+            outputs=[MomaSubject.Output("subject", display_name="subject", tooltip="Used as any other subject.")],
+        )
+
+    @classmethod
+    def execute(cls, subject_a: Subject, subject_b: Subject) -> io.NodeOutput:
+        return io.NodeOutput(combine_subjects(subject_a, subject_b))
 
 
 class SaveSubject(io.ComfyNode):

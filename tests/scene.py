@@ -27,11 +27,11 @@ def tiny_subject(adapter: Any, word: str = "car", seed: int = 5) -> Any:
     """A subject whose mask is the left half of the reference."""
     from comfyui_moma.moma_modules.subject import Subject
 
-    mask = torch.zeros(64, 64, dtype=torch.bool)
-    mask[:, :32] = True
-    image = (seeded(seed, "image", (64, 64, 3)).clamp(-1, 1) * 127 + 128).to(torch.uint8)
+    masks = torch.zeros(1, 64, 64, dtype=torch.bool)
+    masks[..., :32] = True
+    images = (seeded(seed, "image", (1, 64, 64, 3)).clamp(-1, 1) * 127 + 128).to(torch.uint8)
     embedding = seeded(seed, "embedding", (1, adapter.embedding_size))
-    return Subject(embedding, word, f"A {word} on a table.", image, mask, adapter.identity)
+    return Subject(embedding, word, f"A {word} on a table.", images, masks, adapter.identity)
 
 
 def tiny_shortcut(strength: float = 1.0, **window: Any) -> Any:

@@ -49,9 +49,7 @@ class RunState:
         self._found = subjects_in(guider.conds, keys)
         attach_rows(guider.conds, keys, noise)
         options = model_options["transformer_options"]
-        self.subjects = tuple(
-            _subject_run(entry, guider.inner_model, options, noise) for entry in self.settings.subjects
-        )
+        self.subjects = tuple(_subject_run(entry, guider, options, noise) for entry in self.settings.subjects)
         sampling = guider.inner_model.model_sampling
         self._gates = tuple(_Gate.of(entry, sampling) for entry in self.settings.subjects)
 
@@ -194,13 +192,14 @@ class _Evaluation:
         return subject_mask(maps, covered).view(subjects, batch, height, width)
 
 
-def _subject_run(entry: SubjectSettings, model: Any, options: dict[str, Any], noise: Tensor) -> SubjectRun:
+def _subject_run(entry: SubjectSettings, guider: Any, options: dict[str, Any], noise: Tensor) -> SubjectRun:
+    model = guider.inner_model
     tokens: dict[int, tuple[Tensor, Tensor]] = {}
     reference: dict[int, tuple[Tensor, Tensor]] = {}
     if entry.image_tokens is not None and entry.image_tokens.weight != 0:
         tokens = _image_tokens(entry, noise.device, model.get_dtype_inference())
     if entry.shortcut is not None and entry.shortcut.strength != 0:
-        reference = reference_keys_values(model, entry, entry.shortcut, options, noise.device)
+        reference = reference_keys_values(guider.model_patcher, model, entry, entry.shortcut, options, noise.device)
     return SubjectRun(
         settings=entry,
         image_tokens=tokens,
