@@ -14,7 +14,7 @@ from comfy.sd1_clip import SD1Tokenizer
 from comfyui_moma.moma_modules.comfy_bridge.conditioning import TOKENS_KEY
 from comfyui_moma.moma_modules.comfy_bridge.text import encode_prompt, encode_word
 from comfyui_moma.moma_modules.reference_image import prepare_references
-from comfyui_moma.moma_modules.subject_mask import subject_mask, token_attention
+from comfyui_moma.moma_modules.subject_mask import subject_mask, token_attention, token_values
 from comfyui_moma.moma_modules.subject_tokens import PROMPT_TEMPLATE, fill_template, find_subject
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -112,7 +112,8 @@ def test_attention_is_summed_over_tokens_and_averaged_over_heads() -> None:
     tokens[..., [2, 3]] = 1
     heads = [(q[0, :, s] @ k[0, :, s].T / 2.0).softmax(-1)[:, [2, 3]].sum(-1) for s in (slice(0, 4), slice(4, 8))]
     expected = torch.stack(heads).mean(0)
-    assert torch.allclose(token_attention(q, k, tokens, heads=2)[0, 0], expected, atol=1e-6)
+    values = token_values(tokens, heads=2, head_size=4, dtype=torch.float32)
+    assert torch.allclose(token_attention(q, k, values, 1)[0, :, 0], expected, atol=1e-6)
 
 
 def test_squash_is_the_released_resize() -> None:

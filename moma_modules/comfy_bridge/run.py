@@ -16,11 +16,12 @@ from torch.nn.functional import interpolate
 
 from ..subject_mask import subject_mask
 from .attention import FORWARD
-from .conditioning import attach_rows, subjects_in, take_rows
+from .conditioning import Rows, attach_rows, subjects_in, take_rows
 from .forward import Forward, SubjectRun
+from .image_tokens import ImageTokenLayers, image_token_layers
 from .reference import reference_keys_values
+from .reference_cache import KeysValues
 from .settings import KEY, Settings, SubjectSettings, Window
-from .unet import BLOCKS
 
 
 class RunState:
@@ -78,20 +79,21 @@ class RunState:
     def forward(self, rows: Any, x: Tensor, sigma: Tensor | None) -> Forward:
         """What the layers of one UNet forward need."""
         factors = [self._factors(i, sigma, x.device) for i in range(len(self.subjects))]
-        size = (x.shape[-2], x.shape[-1])
         return Forward(
             subjects=self.subjects,
             rows=rows,
             cross_factors=tuple(cross for cross, _ in factors),
             self_factors=tuple(own for _, own in factors),
-            size=size,
-            map_sum=torch.zeros(x.shape[0], len(self.subjects), *size, device=x.device) if self._collecting else None,
+            size=(x.shape[-2], x.shape[-1]),
+            collecting=self._collecting,
+            selecting=x.device.type == "cpu",
         )
 
     def finish_forward(self, forward: Forward) -> None:
         """Put the forward's maps in their places on the canvas."""
-        if forward.map_count and self._evaluation is not None:
-            self._evaluation.add(forward)
+        maps = forward.mean_map()
+        if maps is not None and self._evaluation is not None:
+            self._evaluation.add(maps, forward.rows)
 
     def final_masks(self) -> dict[str, Tensor]:
         """{subject key: [B, H, W]}; all ones for a subject whose tokens no positive prompt had."""
@@ -113,9 +115,9 @@ class RunState:
         image_tokens, shortcut = run.settings.image_tokens, run.settings.shortcut
         cross = own = None
         if image_tokens is not None and image_tokens.weight != 0:
-            cross = gate.cross.apply(_times(mask, run.cross_area) * image_tokens.weight, sigma)
+            cross = gate.cross.apply(_times(mask, run.cross_area), sigma)
         if shortcut is not None and shortcut.strength != 0:
-            own = gate.shortcut.apply(_times(mask, run.self_area) * shortcut.strength, sigma)
+            own = gate.shortcut.apply(_times(mask, run.self_area), sigma)
         return cross, own
 
 
@@ -125,10 +127,11 @@ class _Range:
 
     start: float
     end: float
+    always: bool
 
     def apply(self, factor: Tensor, sigma: Tensor | None) -> Tensor:
         # Multiplied rather than branched on: reading sigma would make the CPU wait for the GPU in every step.
-        if sigma is None:
+        if sigma is None or self.always:
             return factor
         level = sigma.flatten()[0]
         return factor * ((level <= self.start) & (level >= self.end))
@@ -146,7 +149,8 @@ class _Gate:
         def span(part: Any) -> _Range:
             window = Window() if part is None else part.window
             sigma = model_sampling.percent_to_sigma
-            return _Range(float(sigma(window.start)), float(sigma(window.end)))
+            always = window.start <= 0 and window.end >= 1
+            return _Range(float(sigma(window.start)), float(sigma(window.end)), always)
 
         return cls(span(entry.image_tokens), span(entry.shortcut))
 
@@ -166,10 +170,7 @@ class _Evaluation:
         self._call_sums = torch.zeros_like(self.sums)
         self._call_counts = torch.zeros_like(self.sums)
 
-    def add(self, forward: Forward) -> None:
-        assert forward.map_sum is not None
-        rows = forward.rows
-        maps = forward.map_sum / forward.map_count
+    def add(self, maps: Tensor, rows: Rows) -> None:
         known = rows.tokens.amax(dim=2).to(maps.dtype)[..., None, None].expand_as(maps)
         places = (rows.positive.view(-1, 1, 1, 1) * self.sums.shape[2] + rows.pixels).flatten()
         for canvas, values in ((self._call_sums, maps * known), (self._call_counts, known)):
@@ -194,10 +195,10 @@ class _Evaluation:
 
 def _subject_run(entry: SubjectSettings, guider: Any, options: dict[str, Any], noise: Tensor) -> SubjectRun:
     model = guider.inner_model
-    tokens: dict[int, tuple[Tensor, Tensor]] = {}
-    reference: dict[int, tuple[Tensor, Tensor]] = {}
+    tokens: ImageTokenLayers | None = None
+    reference: KeysValues = {}
     if entry.image_tokens is not None and entry.image_tokens.weight != 0:
-        tokens = _image_tokens(entry, noise.device, model.get_dtype_inference())
+        tokens = image_token_layers(entry, noise.device, model.get_dtype_inference())
     if entry.shortcut is not None and entry.shortcut.strength != 0:
         reference = reference_keys_values(guider.model_patcher, model, entry, entry.shortcut, options, noise.device)
     return SubjectRun(
@@ -207,15 +208,6 @@ def _subject_run(entry: SubjectSettings, guider: Any, options: dict[str, Any], n
         cross_area=_area(entry.image_tokens, noise),
         self_area=_area(entry.shortcut, noise),
     )
-
-
-def _image_tokens(entry: SubjectSettings, device: torch.device, dtype: torch.dtype) -> dict[int, tuple[Tensor, Tensor]]:
-    """Keys and values of the image tokens per block, for negative rows (embedding 0) and positive rows."""
-    embedding = entry.subject.embedding.to(device, dtype)
-    module = entry.adapter.module
-    tokens = module.projector(torch.cat([torch.zeros_like(embedding), embedding]))
-    layers = [module.layer(2 * block + 1) for block in range(len(BLOCKS))]
-    return {block: (layer.to_k_ip(tokens), layer.to_v_ip(tokens)) for block, layer in enumerate(layers)}
 
 
 def _area(part: Any, noise: Tensor) -> Tensor | None:
