@@ -39,7 +39,7 @@ class RunState:
         self._found: list[bool] = []
         self._gates: tuple[_Gate, ...] = ()
         self._evaluation: _Evaluation | None = None
-        self._model_options: Any = None
+        self._patches: Any = None
         self._canvas: tuple[int, int, int] = (0, 0, 0)
 
     def prepare(self, guider: Any, model_options: dict[str, Any], noise: Tensor) -> None:
@@ -55,7 +55,7 @@ class RunState:
 
     def begin_evaluation(self, model_options: dict[str, Any], device: torch.device) -> None:
         """A guider starts to evaluate its prompts at one noise level."""
-        self._model_options = model_options
+        self._patches = _replacements(model_options)
         self._evaluation = _Evaluation(len(self.subjects), self._canvas, device) if any(self._found) else None
 
     def end_evaluation(self) -> None:
@@ -63,11 +63,12 @@ class RunState:
         if self._evaluation is not None and self._evaluation.has_maps:
             self.masks = self._evaluation.masks()
         self._evaluation = None
-        self._model_options = None
+        self._patches = None
 
     def begin_call(self, model_options: dict[str, Any]) -> None:
-        """A batch of prompts is evaluated; extra calls by PAG or skip-layer guidance come with changed options."""
-        self._collecting = self._evaluation is not None and model_options is self._model_options
+        """A batch of prompts is evaluated; extra calls by PAG or skip-layer guidance come with other patches."""
+        # The options themselves may be a copy: AnimateDiff-Evolved makes one for every evaluation.
+        self._collecting = self._evaluation is not None and _replacements(model_options) is self._patches
 
     def end_call(self) -> None:
         """The batch is done."""
@@ -103,7 +104,7 @@ class RunState:
 
     def clear(self) -> None:
         """Let go of everything on the device."""
-        self.subjects, self.masks, self._evaluation, self._model_options = (), None, None, None
+        self.subjects, self.masks, self._evaluation, self._patches = (), None, None, None
 
     def _factors(self, i: int, sigma: Tensor | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         run, gate = self.subjects[i], self._gates[i]
@@ -297,6 +298,10 @@ def diffusion_model(
     out = executor(x, timesteps, context, y, control, options, **kwargs)
     state.finish_forward(forward)
     return out
+
+
+def _replacements(model_options: dict[str, Any]) -> Any:
+    return model_options["transformer_options"].get("patches_replace")
 
 
 def _state(model_options: dict[str, Any] | None) -> RunState | None:
