@@ -16,10 +16,12 @@ from torch.nn.functional import interpolate
 
 from ..subject_mask import subject_mask
 from .attention import FORWARD
-from .conditioning import attach_rows, subjects_in, take_rows
+from .conditioning import Rows, attach_rows, subjects_in, take_rows
 from .forward import Forward, SubjectRun
+from .neighbours import check_neighbours, without_compilation
 from .reference import reference_keys_values
 from .settings import KEY, Settings, SubjectSettings, Window
+from .slots import fill_slots
 from .unet import BLOCKS
 
 
@@ -76,7 +78,22 @@ class RunState:
             self._evaluation.end_call()
         self._collecting = False
 
-    def forward(self, rows: Any, x: Tensor, sigma: Tensor | None) -> Forward:
+    def unknown_rows(self, x: Tensor) -> Rows | None:
+        """For a conditioning that another node made during the run: negative rows, if they have the run's size.
+
+        The deprecated Perp-Neg node does so with its empty prompt.
+        """
+        batch, height, width = self._canvas
+        if x.shape[0] % batch or x.shape[-2:] != (height, width):
+            return None
+        pixels = torch.arange(batch * height * width, device=x.device).view(batch, 1, height, width)
+        return Rows(
+            tokens=torch.zeros(x.shape[0], len(self.subjects), 1, device=x.device),
+            positive=torch.zeros(x.shape[0], dtype=torch.int64, device=x.device),
+            pixels=pixels.repeat(x.shape[0] // batch, 1, 1, 1),
+        )
+
+    def forward(self, rows: Rows, x: Tensor, sigma: Tensor | None) -> Forward:
         """What the layers of one UNet forward need."""
         factors = [self._factors(i, sigma, x.device) for i in range(len(self.subjects))]
         size = (x.shape[-2], x.shape[-1])
@@ -236,12 +253,13 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """OUTER_SAMPLE: gives the run its state, and logs the masks of a run that ended well."""
     guider = executor.class_obj
     settings = guider.model_patcher.get_attachment(KEY)
-    if guider.model_patcher.get_additional_models_with_key("multigpu"):
-        raise ValueError("MoMA does not work with MultiGPU work units: remove that node from this model.")
     original = guider.model_options
+    check_neighbours(guider.model_patcher, settings, original["transformer_options"])
     guider.model_options = comfy.model_patcher.create_model_options_clone(original)
-    state = RunState(settings)
-    guider.model_options["transformer_options"][KEY] = state
+    options = guider.model_options["transformer_options"]
+    without_compilation(options)
+    fill_slots(options)
+    options[KEY] = state = RunState(settings)
     try:
         samples = executor(*args, **kwargs)
         settings.log.record(samples, state.final_masks())
@@ -291,6 +309,8 @@ def diffusion_model(
     """DIFFUSION_MODEL: one forward of the UNet over some rows."""
     rows = take_rows(kwargs)
     state = transformer_options.get(KEY)
+    if rows is None and state is not None:
+        rows = state.unknown_rows(x)
     if rows is None or state is None:
         return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
     forward = state.forward(rows, x, transformer_options.get("sigmas"))
