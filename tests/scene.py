@@ -119,3 +119,9 @@ def masks_of(model: Any, samples: torch.Tensor) -> dict[str, torch.Tensor]:
     masks = settings_of(model).log.find(samples)
     assert masks is not None
     return masks
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> bool:
+    """Whether `a` differs from `b` by less than `tolerance`, relative to the norm of `b`. Both must be finite."""
+    assert a.isfinite().all() and b.isfinite().all()
+    return float((a - b).norm() / b.norm()) < tolerance

@@ -8,7 +8,7 @@ import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
-from scene import masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
+from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
 from tiny_models import tiny_model
 
 
@@ -31,10 +31,6 @@ def subject(adapter: Any) -> Any:
 def full(model: Any, adapter: Any, subject: Any) -> Any:
     """A model with both parts on it."""
     return moma(model, adapter, subject, shortcut=tiny_shortcut(start=0.05))
-
-
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> bool:
-    return float((a - b).norm() / b.norm()) < tolerance
 
 
 def found(mask: torch.Tensor) -> bool:

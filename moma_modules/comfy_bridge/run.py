@@ -19,9 +19,11 @@ from .attention import FORWARD
 from .conditioning import Rows, attach_rows, subjects_in, take_rows
 from .forward import Forward, SubjectRun
 from .image_tokens import ImageTokenLayers, image_token_layers
+from .neighbours import check_neighbours, without_compilation
 from .reference import reference_keys_values
 from .reference_cache import KeysValues
 from .settings import KEY, Settings, SubjectSettings, Window
+from .slots import fill_slots
 
 
 class RunState:
@@ -40,7 +42,7 @@ class RunState:
         self._found: list[bool] = []
         self._gates: tuple[_Gate, ...] = ()
         self._evaluation: _Evaluation | None = None
-        self._model_options: Any = None
+        self._patches: Any = None
         self._canvas: tuple[int, int, int] = (0, 0, 0)
 
     def prepare(self, guider: Any, model_options: dict[str, Any], noise: Tensor) -> None:
@@ -56,7 +58,7 @@ class RunState:
 
     def begin_evaluation(self, model_options: dict[str, Any], device: torch.device) -> None:
         """A guider starts to evaluate its prompts at one noise level."""
-        self._model_options = model_options
+        self._patches = _replacements(model_options)
         self._evaluation = _Evaluation(len(self.subjects), self._canvas, device) if any(self._found) else None
 
     def end_evaluation(self) -> None:
@@ -64,11 +66,12 @@ class RunState:
         if self._evaluation is not None and self._evaluation.has_maps:
             self.masks = self._evaluation.masks()
         self._evaluation = None
-        self._model_options = None
+        self._patches = None
 
     def begin_call(self, model_options: dict[str, Any]) -> None:
-        """A batch of prompts is evaluated; extra calls by PAG or skip-layer guidance come with changed options."""
-        self._collecting = self._evaluation is not None and model_options is self._model_options
+        """A batch of prompts is evaluated; extra calls by PAG or skip-layer guidance come with other patches."""
+        # The options themselves may be a copy: AnimateDiff-Evolved makes one for every evaluation.
+        self._collecting = self._evaluation is not None and _replacements(model_options) is self._patches
 
     def end_call(self) -> None:
         """The batch is done."""
@@ -76,7 +79,22 @@ class RunState:
             self._evaluation.end_call()
         self._collecting = False
 
-    def forward(self, rows: Any, x: Tensor, sigma: Tensor | None) -> Forward:
+    def unknown_rows(self, x: Tensor) -> Rows | None:
+        """For a conditioning that another node made during the run: negative rows, if they have the run's size.
+
+        The deprecated Perp-Neg node does so with its empty prompt.
+        """
+        batch, height, width = self._canvas
+        if x.shape[0] % batch or x.shape[-2:] != (height, width):
+            return None
+        pixels = torch.arange(batch * height * width, device=x.device).view(batch, 1, height, width)
+        return Rows(
+            tokens=torch.zeros(x.shape[0], len(self.subjects), 1, device=x.device),
+            positive=torch.zeros(x.shape[0], dtype=torch.int64, device=x.device),
+            pixels=pixels.repeat(x.shape[0] // batch, 1, 1, 1),
+        )
+
+    def forward(self, rows: Rows, x: Tensor, sigma: Tensor | None) -> Forward:
         """What the layers of one UNet forward need."""
         factors = [self._factors(i, sigma, x.device) for i in range(len(self.subjects))]
         return Forward(
@@ -105,7 +123,7 @@ class RunState:
 
     def clear(self) -> None:
         """Let go of everything on the device."""
-        self.subjects, self.masks, self._evaluation, self._model_options = (), None, None, None
+        self.subjects, self.masks, self._evaluation, self._patches = (), None, None, None
 
     def _factors(self, i: int, sigma: Tensor | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         run, gate = self.subjects[i], self._gates[i]
@@ -227,12 +245,13 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """OUTER_SAMPLE: gives the run its state, and logs the masks of a run that ended well."""
     guider = executor.class_obj
     settings = guider.model_patcher.get_attachment(KEY)
-    if guider.model_patcher.get_additional_models_with_key("multigpu"):
-        raise ValueError("MoMA does not work with MultiGPU work units: remove that node from this model.")
     original = guider.model_options
+    check_neighbours(guider.model_patcher, settings, original["transformer_options"])
     guider.model_options = comfy.model_patcher.create_model_options_clone(original)
-    state = RunState(settings)
-    guider.model_options["transformer_options"][KEY] = state
+    options = guider.model_options["transformer_options"]
+    without_compilation(options)
+    fill_slots(options)
+    options[KEY] = state = RunState(settings)
     try:
         samples = executor(*args, **kwargs)
         settings.log.record(samples, state.final_masks())
@@ -282,6 +301,8 @@ def diffusion_model(
     """DIFFUSION_MODEL: one forward of the UNet over some rows."""
     rows = take_rows(kwargs)
     state = transformer_options.get(KEY)
+    if rows is None and state is not None:
+        rows = state.unknown_rows(x)
     if rows is None or state is None:
         return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
     forward = state.forward(rows, x, transformer_options.get("sigmas"))
@@ -289,6 +310,10 @@ def diffusion_model(
     out = executor(x, timesteps, context, y, control, options, **kwargs)
     state.finish_forward(forward)
     return out
+
+
+def _replacements(model_options: dict[str, Any]) -> Any:
+    return model_options["transformer_options"].get("patches_replace")
 
 
 def _state(model_options: dict[str, Any] | None) -> RunState | None:
