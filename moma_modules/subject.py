@@ -4,14 +4,19 @@ import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
+
+from .reference_image import SIZE
 
 FORMAT = "moma_subject"
 FORMAT_VERSION = 1
+NAMES = ("embedding", "images", "masks")
+"""The tensors of a saved subject, in alphabetical order."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,11 @@ def combine_subjects(first: Subject, second: Subject) -> Subject:
 
 
 def save_subject(subject: Subject, path: Path) -> None:
-    """Write a subject to one `.safetensors` file, in place only once it is complete."""
+    """Write a subject to a new `.safetensors` file, which appears only once it is complete.
+
+    Raises:
+        FileExistsError: The file is there, or another thread or process is just writing it.
+    """
     tensors = {
         "embedding": subject.embedding.contiguous(),
         "images": subject.images.contiguous(),
@@ -86,9 +95,17 @@ def save_subject(subject: Subject, path: Path) -> None:
         "prompt": subject.prompt,
         "adapter": subject.adapter_identity,
     }
+    content = save(tensors, metadata)
     partial = path.with_name(path.name + ".part")
-    save_file(tensors, partial, metadata=metadata)
-    partial.replace(path)
+    partial.open("xb").close()  # who made this one may make `path`, and nobody else
+    try:
+        if path.exists():
+            raise FileExistsError(f"{path} is there already.")
+        partial.write_bytes(content)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink()
+        raise
 
 
 def load_subject(path: Path) -> Subject:
@@ -101,15 +118,14 @@ def load_subject(path: Path) -> Subject:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             _check_format(metadata, path)
-            names = sorted(file.keys())
-            if names != ["embedding", "images", "masks"]:
-                raise ValueError(
-                    f"{path} should hold embedding, images and masks, found {', '.join(names) or 'nothing'}."
-                )
-            embedding, images, masks = (file.get_tensor(name) for name in names)
+            _check_shapes(file, path)
+            embedding, images, masks = (file.get_tensor(name) for name in NAMES)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable saved subject: {error}") from error
-    _check_tensors(embedding, images, masks, path)
+    if not embedding.isfinite().all():
+        raise ValueError(f"{path}: the embedding holds NaN or infinite values.")
+    if not masks.flatten(1).any(dim=1).all():
+        raise ValueError(f"{path}: a mask is empty.")
     return Subject(
         embedding=embedding,
         word=metadata["subject"],
@@ -132,18 +148,27 @@ def _check_format(metadata: dict[str, str], path: Path) -> None:
     missing = [key for key in ("subject", "prompt", "adapter") if key not in metadata]
     if missing:
         raise ValueError(f"{path} lacks the entry {missing[0]!r}; save the subject again.")
+    if not metadata["subject"].strip():
+        raise ValueError(f"{path} has no subject word; save the subject again.")
 
 
-def _check_tensors(embedding: Tensor, images: Tensor, masks: Tensor, path: Path) -> None:
-    if embedding.dtype != torch.float32 or embedding.ndim != 2 or embedding.shape[0] != 1:
-        raise ValueError(f"{path}: embedding is {embedding.dtype} {tuple(embedding.shape)}, expected float32 [1, N].")
-    if not embedding.isfinite().all():
-        raise ValueError(f"{path}: the embedding holds NaN or infinite values.")
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
-        raise ValueError(f"{path}: images is {images.dtype} {tuple(images.shape)}, expected uint8 [N, H, W, 3].")
-    if masks.dtype != torch.uint8 or masks.shape != images.shape[:3]:
-        raise ValueError(
-            f"{path}: masks is {masks.dtype} {tuple(masks.shape)}, expected uint8 {tuple(images.shape[:3])}."
-        )
-    if not masks.flatten(1).any(dim=1).all():
-        raise ValueError(f"{path}: a mask is empty.")
+def _check_shapes(file: Any, path: Path) -> None:
+    """Check what the header says of the tensors, before they are read."""
+    names = sorted(file.keys())
+    if names != list(NAMES):
+        found = ", ".join(name[:60] for name in names[:8]) or "nothing"
+        raise ValueError(f"{path} should hold embedding, images and masks, found {found}.")
+    dtypes = {name: file.get_slice(name).get_dtype() for name in NAMES}
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in NAMES}
+    count = (shapes["images"] or (0,))[0]
+    width = (shapes["embedding"] or (0,))[-1]
+    expected = {
+        "embedding": ("F32", (1, width), "[1, size]"),
+        "images": ("U8", (count, SIZE, SIZE, 3), f"[pictures, {SIZE}, {SIZE}, 3]"),
+        "masks": ("U8", (count, SIZE, SIZE), f"[pictures, {SIZE}, {SIZE}], one for each of {count} images"),
+    }
+    for name, (dtype, shape, words) in expected.items():
+        if dtypes[name] != dtype or shapes[name] != shape or 0 in shape:
+            raise ValueError(
+                f"{path}: {name} is {dtypes[name]} {shapes[name]}, expected {dtype} {words}. Save the subject again."
+            )

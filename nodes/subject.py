@@ -1,7 +1,6 @@
 """Extract Subject Features, Combine MoMA Subjects, Save MoMA Subject, Load MoMA Subject."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import folder_paths
@@ -10,9 +9,11 @@ from comfy_api.latest import io
 
 from ..moma_modules.adapter import Adapter
 from ..moma_modules.comfy_bridge import folders
+from ..moma_modules.comfy_bridge.saving import check_prefix, save_numbered
+from ..moma_modules.comfy_bridge.text import plain_text
 from ..moma_modules.mllm.encode import subject_hidden_state
 from ..moma_modules.reference_image import FITS, prepare_references
-from ..moma_modules.subject import Subject, combine_subjects, load_subject, save_subject
+from ..moma_modules.subject import Subject, combine_subjects, load_subject
 from .types import CATEGORY, SEARCH_ALIASES, MomaAdapter, MomaMllm, MomaSubject
 
 
@@ -79,7 +80,7 @@ class ExtractSubject(io.ComfyNode):
         cls, mllm: Any, adapter: Adapter, image: Any, subject: str, prompt: str, fit: str, mask: Any = None
     ) -> io.NodeOutput:
         word = " ".join(subject.split())
-        if not word:
+        if not plain_text(word).strip():
             raise ValueError("subject is empty: give the word for what is in the picture, as in 'car'.")
         if mllm.hidden_size != adapter.hidden_size:
             raise ValueError(
@@ -87,8 +88,9 @@ class ExtractSubject(io.ComfyNode):
                 f"{mllm.hidden_size}: they do not belong together. Use both files of the MoMA release."
             )
         references = prepare_references(image, mask, fit)
+        spoken = plain_text(word), plain_text(prompt)  # emphasis is for CLIP; the MLLM reads words
         embeddings = [
-            cls._embedding(mllm, adapter, one, inside, word, prompt)
+            cls._embedding(mllm, adapter, one, inside, *spoken)
             for one, inside in zip(references.images.numpy(), references.masks.numpy(), strict=True)
         ]
         embedding = torch.stack(embeddings).mean(dim=0)
@@ -149,13 +151,18 @@ class SaveSubject(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
+        try:
+            check_prefix(filename_prefix or "subject")  # None: it comes from another node
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
     def execute(cls, subject: Subject, filename_prefix: str) -> io.NodeOutput:
-        root = os.path.join(folder_paths.get_output_directory(), "moma_subjects")
-        os.makedirs(root, exist_ok=True)
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, root)
-        filename = f"{name}_{counter:05}_.safetensors"
-        save_subject(subject, Path(folder) / filename)
-        saved = {"filename": filename, "subfolder": os.path.join("moma_subjects", subfolder), "type": "output"}
+        path = save_numbered(subject, filename_prefix)
+        subfolder = path.parent.relative_to(folder_paths.get_output_directory())
+        saved = {"filename": path.name, "subfolder": str(subfolder), "type": "output"}
         return io.NodeOutput(ui={"moma_subjects": [saved]})
 
 

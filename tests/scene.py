@@ -23,13 +23,13 @@ def tiny_adapter(**changes: Any) -> Any:
         return load_adapter(path)
 
 
-def tiny_subject(adapter: Any, word: str = "car", seed: int = 5) -> Any:
-    """A subject whose mask is the left half of the reference."""
+def tiny_subject(adapter: Any, word: str = "car", seed: int = 5, size: int = 64) -> Any:
+    """A subject whose mask is the left half of the reference; one that can be saved has size 512."""
     from comfyui_moma.moma_modules.subject import Subject
 
-    masks = torch.zeros(1, 64, 64, dtype=torch.bool)
-    masks[..., :32] = True
-    images = (seeded(seed, "image", (1, 64, 64, 3)).clamp(-1, 1) * 127 + 128).to(torch.uint8)
+    masks = torch.zeros(1, size, size, dtype=torch.bool)
+    masks[..., : size // 2] = True
+    images = (seeded(seed, "image", (1, size, size, 3)).clamp(-1, 1) * 127 + 128).to(torch.uint8)
     embedding = seeded(seed, "embedding", (1, adapter.embedding_size))
     return Subject(embedding, word, f"A {word} on a table.", images, masks, adapter.identity)
 

@@ -110,7 +110,7 @@ def test_code_in_an_adapter_is_not_run(tmp_path: Path) -> None:
 
 @pytest.fixture
 def subject() -> Any:
-    return tiny_subject(tiny_adapter(), "stuffed animal")
+    return tiny_subject(tiny_adapter(), "stuffed animal", size=512)
 
 
 def test_a_subject_survives_its_file(subject: Any, tmp_path: Path) -> None:
@@ -140,15 +140,15 @@ def _rewrite(path: Path, metadata: dict[str, str | None], **tensors: torch.Tenso
         ({"version": "2"}, {}, "has format version '2'; this version of the pack reads 1. Update ComfyUI-MoMA"),
         ({"prompt": None}, {}, "lacks the entry 'prompt'"),
         ({}, {"masks": None}, "should hold embedding, images and masks, found embedding, images"),
-        ({}, {"masks": torch.zeros(1, 64, 64, dtype=torch.uint8)}, "a mask is empty"),
+        ({}, {"masks": torch.zeros(1, 512, 512, dtype=torch.uint8)}, "a mask is empty"),
         (
             {},
             {"masks": torch.ones(1, 8, 8, dtype=torch.uint8)},
-            r"masks is torch\.uint8 \(1, 8, 8\), expected uint8 \(1, 64, 64\)",
+            r"masks is U8 \(1, 8, 8\), expected U8 \[pictures, 512, 512\], one for each of 1 images",
         ),
-        ({}, {"images": torch.zeros(1, 64, 64, 3)}, r"images is torch\.float32 \(1, 64, 64, 3\), expected uint8"),
+        ({}, {"images": torch.zeros(1, 64, 64, 3)}, r"images is F32 \(1, 64, 64, 3\), expected U8 \["),
         ({}, {"embedding": torch.full((1, 48), torch.nan)}, "the embedding holds NaN"),
-        ({}, {"embedding": torch.zeros(48)}, r"embedding is torch\.float32 \(48,\), expected float32 \[1, N\]"),
+        ({}, {"embedding": torch.zeros(48)}, r"embedding is F32 \(48,\), expected F32 \[1, size\]"),
     ],
 )
 def test_a_broken_subject_is_refused_by_name(

@@ -62,8 +62,9 @@ class ReferenceCache:
         return _moved(entry.value, device)
 
     def keep(self, key: ReferenceKey, model: Any, parts: tuple[Any, ...], value: KeysValues) -> None:
-        """Keep a result in CPU memory."""
-        self._entries.pop(key, None)
+        """Keep a result in CPU memory. Those of models that are gone make room."""
+        for old in [k for k, entry in self._entries.items() if k == key or entry.model() is None]:
+            del self._entries[old]
         self._entries[key] = _Entry(weakref.ref(model), parts, _moved(value, torch.device("cpu")))
         while len(self._entries) > 1 and sum(_size(entry.value) for entry in self._entries.values()) > CAPACITY:
             self._entries.popitem(last=False)

@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+from comfy.sd1_clip import escape_important, token_weights, unescape_important
 from torch import Tensor
 
 from ..subject import Subject
@@ -25,7 +26,7 @@ def encode_prompt(clip: Any, subject: Subject, prompt: str, template: str) -> tu
     """
     text = fill_template(template, subject.word, prompt)
     tokens = _tokenize(clip, text)
-    words = [_tokenize(clip, word)[CLIP_KEY] for word in subject.word.split()]
+    words = [_tokenize(clip, _escaped(word))[CLIP_KEY] for word in plain_text(subject.word).split()]
     positions = find_subject(tokens[CLIP_KEY], words)
     conditioning = clip.encode_from_tokens_scheduled(tokens)
     warning = None
@@ -40,8 +41,19 @@ def encode_prompt(clip: Any, subject: Subject, prompt: str, template: str) -> tu
 
 def encode_word(clip: Any, word: str) -> Tensor:
     """The bare subject word(s) for the reference pass: [1, L, context]."""
-    encoded = clip.encode_from_tokens(_tokenize(clip, word))
+    encoded = clip.encode_from_tokens(_tokenize(clip, _escaped(plain_text(word))))
     return encoded.detach().to("cpu")
+
+
+def plain_text(text: str) -> str:
+    """What a prompt says without ComfyUI's emphasis: "a (red:1.2) car" reads "a red car", "\\(1\\)" reads "(1)"."""
+    parts = token_weights(escape_important(text), 1.0)
+    return unescape_important("".join(part for part, _ in parts))
+
+
+def _escaped(plain: str) -> str:
+    """Plain text as a prompt in which no parenthesis is emphasis."""
+    return plain.replace("(", "\\(").replace(")", "\\)")
 
 
 def _tokenize(clip: Any, text: str) -> dict[str, list]:
