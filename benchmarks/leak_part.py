@@ -23,17 +23,24 @@ def measure(session: Session, case: str) -> dict[str, Any]:
     positive, negative = prompts(workload, scene)
     meter = MemoryMeter()
     memory: list[float] = []
-    counts: dict[str, list[int]] = {}
+    counts: list[dict[str, int]] = []
+    gc.collect()
+    gc.freeze()  # what is there before the first run is neither collected nor counted
     for number in range(session.plan.leak_runs):
         model = _patched_again(workload, scene) if case == "moma" else workload.model.clone()
         sample(model, positive, negative, size=SIZE, steps=STEPS, seed=number)
-        for name, count in _counts(model).items():
-            counts[name] = [counts.get(name, [count])[0], count]
+        if number in (0, session.plan.leak_runs - 1):
+            counts.append(_counts(model))
         del model
         gc.collect()
         memory.append(1024 * meter.now_mb())
-    settled = memory[len(memory) // 2 :]  # allocators, and the log of the last runs, fill up first
-    return {"runs": len(memory), "kb_per_run": linear_regression(range(len(settled)), settled).slope, "counts": counts}
+    gc.unfreeze()
+    settled = memory[len(memory) // 2 :]  # allocators fill up first
+    return {
+        "runs": len(memory),
+        "kb_per_run": linear_regression(range(len(settled)), settled).slope,
+        "counts": {name: [count[name] for count in counts] for name in counts[0]},
+    }
 
 
 def result(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -58,14 +58,11 @@ def sampling_run(model: Any, positive: list, negative: list, size: tuple[int, in
 
 def with_steps(openers: dict[str, Opener], body: Callable[[dict[str, Step]], None]) -> None:
     """Open all runs, one within the other, and give their steps to `body`."""
-
-    def descend(names: list[str], steps: dict[str, Step]) -> None:
-        if names:
-            openers[names[0]](lambda step: descend(names[1:], {**steps, names[0]: step}))
-        else:
-            body(steps)
-
-    descend(list(openers), {})
+    if not openers:
+        body({})
+        return
+    (name, opener), *others = openers.items()
+    opener(lambda step: with_steps(dict(others), lambda steps: body({name: step, **steps})))
 
 
 def seconds_of(step: Step) -> float:
