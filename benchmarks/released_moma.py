@@ -28,8 +28,12 @@ class MissingCodeError(Exception):
 def released_steps(repo: Path, workload: Workload, scene: Scene, size: tuple[int, int]) -> dict[str, Step]:
     """One step of the released generation loop, and of diffusers without it; the first has run and found the mask.
 
-    The released loop runs under bf16 autocast on a GPU; in fp32 its cross-attention projections stay fp16, which it
-    has hard-coded.
+    The released code can only look at a reference of the new picture's own size, so the reference has that here. (At
+    512x512 ours has it too.) The released loop runs under bf16 autocast on a GPU; in fp32 its cross-attention
+    projections stay fp16, which it has hard-coded.
+
+    Args:
+        size: Latent height and width; both must be the same.
 
     Raises:
         MissingCodeError: See there.
@@ -46,14 +50,14 @@ def released_steps(repo: Path, workload: Workload, scene: Scene, size: tuple[int
     text = text.to(device, dtype)
     tokens = seeded(9, "tokens", (2, IMAGE_TOKENS, workload.context_size)).to(device, dtype)
     mask = subjects(workload, scene)[0].mask.view(1, 1, 512, 512).to(device, dtype)
-    _look_at_reference(generator, workload.reference, text, mask)
+    latents = seeded(1, "latents", (1, 4, *size)).to(device, dtype)
+    _look_at_reference(generator, latents, text, mask)
 
     def after() -> None:
         found = mask_from_cross(unet.attn_processors)[1:]
         generator.set_self_mask("self", "ig", found)
         generator.set_self_mask("cross", mask=found.clone().detach())
 
-    latents = seeded(1, "latents", (1, 4, *size)).to(device, dtype)
     released = _step(
         unet, latents, torch.cat([text, tokens], dim=1), lambda: generator.toggle_enable_flag("all"), after
     )
@@ -99,9 +103,8 @@ def _load_adapter(unet: Any, workload: Workload, dtype: torch.dtype) -> None:
         processor.requires_grad_(False)
 
 
-def _look_at_reference(generator: Any, side: int, text: Tensor, mask: Tensor) -> None:
+def _look_at_reference(generator: Any, latent: Tensor, text: Tensor, mask: Tensor) -> None:
     """The reference pass, then the flags and masks as before the released loop."""
-    latent = seeded(6, "latent", (1, 4, side, side)).to(text)
     generator.set_selfAttn_strength(1.0)
     generator.toggle_enable_flag("self")
     generator.toggle_extract_inject_flag("self", "extract")
