@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ VERSION = "1"
 SD15 = {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768}
 EMBEDDING = 1024
 HIDDEN = 128
-VISION_WIDTH = 128
 TOKENIZER = Path(__file__).parent / "data" / "mllm" / "tiny56" / "checkpoint" / "tokenizer.model"
 
 _VAE = {
@@ -37,6 +37,49 @@ _VAE = {
 Shapes = dict[str, tuple[int, ...]]
 
 
+@dataclass(frozen=True)
+class LlavaSize:
+    """Sizes of a LLaVA checkpoint; `vocabulary` None: as many tokens as the tokenizer knows."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    vision_width: int
+    vision_intermediate: int
+    vision_layers: int
+    image: int
+    vocabulary: int | None = None
+
+    def with_layers(self, layers: int) -> "LlavaSize":
+        """The same with another number of language layers."""
+        return replace(self, layers=layers)
+
+
+SMALL_LLAVA = LlavaSize(
+    hidden=HIDDEN,
+    intermediate=2 * HIDDEN,
+    layers=4,
+    heads=4,
+    vision_width=128,
+    vision_intermediate=256,
+    vision_layers=4,
+    image=112,
+)
+FULL_LLAVA = LlavaSize(
+    hidden=4096,
+    intermediate=11008,
+    layers=32,
+    heads=32,
+    vision_width=1024,
+    vision_intermediate=4096,
+    vision_layers=24,
+    image=336,
+    vocabulary=32000,
+)
+"""LLaVA-1.5 7B, as released."""
+
+
 def sd15_checkpoint(cache: Path) -> Path:
     """A whole SD1.5 checkpoint (UNet, CLIP, VAE; original key names, fp16, 2 GB) in `cache`, made once.
 
@@ -52,12 +95,12 @@ def sd15_checkpoint(cache: Path) -> Path:
     return path
 
 
-def llava_folder(target: Path) -> Path:
-    """A complete MLLM folder as LLaVA publishes it, with all parts small; the same bytes of weights every time."""
+def llava_folder(target: Path, size: LlavaSize = SMALL_LLAVA) -> Path:
+    """A complete MLLM folder as LLaVA publishes it; the same bytes of weights every time."""
     target.mkdir(parents=True, exist_ok=True)
-    vocabulary = _vocabulary()
+    vocabulary = size.vocabulary or _vocabulary()
     shutil.copyfile(TOKENIZER, target / "tokenizer.model")
-    weights = {key: seeded_weight(4, key, shape).half() for key, shape in _llava_shapes(vocabulary).items()}
+    weights = {key: seeded_weight(4, key, shape).half() for key, shape in _llava_shapes(size, vocabulary).items()}
     keys = list(weights)
     weight_map = {}
     for number, part in ((1, keys[: len(keys) // 2]), (2, keys[len(keys) // 2 :])):
@@ -66,7 +109,7 @@ def llava_folder(target: Path) -> Path:
         weight_map |= dict.fromkeys(part, name)
     total = sum(value.numel() * value.element_size() for value in weights.values())
     contents = {
-        "config.json": _llava_config(vocabulary),
+        "config.json": _llava_config(size, vocabulary),
         "pytorch_model.bin.index.json": {"metadata": {"total_size": total}, "weight_map": weight_map},
         "tokenizer_config.json": {"add_bos_token": True, "add_eos_token": False, "tokenizer_class": "LlamaTokenizer"},
         "special_tokens_map.json": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
@@ -125,19 +168,19 @@ def _vocabulary() -> int:
     return SentencePieceProcessor(model_file=str(TOKENIZER)).vocab_size()
 
 
-def _llava_config(vocabulary: int) -> dict[str, Any]:
+def _llava_config(size: LlavaSize, vocabulary: int) -> dict[str, Any]:
     return {
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava",
-        "hidden_size": HIDDEN,
-        "intermediate_size": 2 * HIDDEN,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.heads,
         "rms_norm_eps": 1e-5,
         "vocab_size": vocabulary,
         "max_position_embeddings": 4096,
-        "mm_hidden_size": VISION_WIDTH,
+        "mm_hidden_size": size.vision_width,
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_layer": -2,
         "mm_vision_select_feature": "patch",
@@ -147,32 +190,34 @@ def _llava_config(vocabulary: int) -> dict[str, Any]:
     }
 
 
-def _llava_shapes(vocabulary: int) -> Shapes:
-    language = {"model.embed_tokens.weight": (vocabulary, HIDDEN), "model.norm.weight": (HIDDEN,)}
-    for i in range(4):
-        language |= {f"model.layers.{i}.self_attn.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkvo"}
-        language |= {f"model.layers.{i}.mlp.{name}_proj.weight": (2 * HIDDEN, HIDDEN) for name in ("gate", "up")}
-        language[f"model.layers.{i}.mlp.down_proj.weight"] = (HIDDEN, 2 * HIDDEN)
-        language |= {f"model.layers.{i}.{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")}
-    projector = _linear("model.mm_projector.0", VISION_WIDTH, HIDDEN) | _linear("model.mm_projector.2", HIDDEN, HIDDEN)
-    vision = _vision_shapes(image=112, patch=14, layers=4)
-    return {**language, **vision, **projector, "lm_head.weight": (vocabulary, HIDDEN)}
+def _llava_shapes(size: LlavaSize, vocabulary: int) -> Shapes:
+    hidden, inner = size.hidden, size.intermediate
+    language = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
+    for i in range(size.layers):
+        language |= {f"model.layers.{i}.self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"}
+        language |= {f"model.layers.{i}.mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
+        language[f"model.layers.{i}.mlp.down_proj.weight"] = (hidden, inner)
+        language |= {f"model.layers.{i}.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    first = _linear("model.mm_projector.0", size.vision_width, hidden)
+    projector = first | _linear("model.mm_projector.2", hidden, hidden)
+    return {**language, **_vision_shapes(size), **projector, "lm_head.weight": (vocabulary, hidden)}
 
 
-def _vision_shapes(image: int, patch: int, layers: int) -> Shapes:
-    prefix, width = "model.vision_tower.vision_tower.vision_model.", VISION_WIDTH
+def _vision_shapes(size: LlavaSize) -> Shapes:
+    prefix, width, patch = "model.vision_tower.vision_tower.vision_model.", size.vision_width, 14
     shapes: Shapes = {
         f"{prefix}embeddings.class_embedding": (width,),
         f"{prefix}embeddings.patch_embedding.weight": (width, 3, patch, patch),
-        f"{prefix}embeddings.position_embedding.weight": ((image // patch) ** 2 + 1, width),
+        f"{prefix}embeddings.position_embedding.weight": ((size.image // patch) ** 2 + 1, width),
     }
     for name in ("pre_layrnorm", "post_layernorm"):
         shapes |= {f"{prefix}{name}.weight": (width,), f"{prefix}{name}.bias": (width,)}
-    for i in range(layers):
+    for i in range(size.vision_layers):
         layer = f"{prefix}encoder.layers.{i}."
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             shapes |= _linear(f"{layer}self_attn.{name}", width, width)
-        shapes |= _linear(f"{layer}mlp.fc1", width, 2 * width) | _linear(f"{layer}mlp.fc2", 2 * width, width)
+        shapes |= _linear(f"{layer}mlp.fc1", width, size.vision_intermediate)
+        shapes |= _linear(f"{layer}mlp.fc2", size.vision_intermediate, width)
         for name in ("layer_norm1", "layer_norm2"):
             shapes |= {f"{layer}{name}.weight": (width,), f"{layer}{name}.bias": (width,)}
     return shapes

@@ -1,0 +1,116 @@
+"""The one benchmark command: `python3 benchmarks/run.py` sets up what it needs, measures, prints a table.
+
+Every figure stands beside its baseline from the same run, as a ratio; a GPU is used if there is one. Close other
+programs first: it takes about an hour on two cores, with `--quick` about 3 minutes.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = [str(ROOT / name) for name in ("benchmarks", "tests", "scripts")]
+sys.path[:0] = FOLDERS
+
+from comfyui_source import SetupError
+from setup_env import environment
+from table import NAMES, rows, text_table
+
+INSIDE = "COMFYUI_MOMA_BENCHMARK"
+
+
+class WorkerError(Exception):
+    """A measuring process failed; its own output says why."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small pictures, few repeats")
+    parser.add_argument("--only", help=f"some of the parts {', '.join(NAMES)}, separated by commas")
+    parser.add_argument("--out", type=Path, help="write the results to this file as JSON")
+    parser.add_argument(
+        "--moma-repo",
+        type=Path,
+        help="a checkout of the released MoMA code, to measure it in the part `step` too; needs diffusers, which a "
+        "folder in PYTHONPATH can hold: pip install --no-deps --target DIR diffusers importlib_metadata zipp",
+    )
+    parser.add_argument("--plan", choices=["tiny"], help=argparse.SUPPRESS)  # the tests' own
+    options = parser.parse_args()
+    options.plan = options.plan or ("quick" if options.quick else "full")
+    options.only = options.only.split(",") if options.only else list(NAMES)
+    unknown = [name for name in options.only if name not in NAMES]
+    if unknown:
+        parser.error(f"--only: there is no part {unknown[0]}; the parts are {', '.join(NAMES)}")
+    return options
+
+
+def work(options: argparse.Namespace, cases: list[tuple[str, str]]) -> dict[str, Any]:
+    """Measure cases in a process of their own."""
+    words = [word for case in cases for word in ("--case", *case)]
+    if options.moma_repo:
+        words += ["--moma-repo", str(options.moma_repo.resolve())]
+    path = os.pathsep.join([*FOLDERS, *filter(None, [os.environ.get("PYTHONPATH")])])
+    with tempfile.TemporaryDirectory(prefix="moma-benchmark-") as folder:
+        out = Path(folder) / "found.json"
+        command = [sys.executable, str(ROOT / "benchmarks" / "worker.py"), options.plan, str(out), *words]
+        if subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode != 0:
+            raise WorkerError(", ".join(" ".join(case) for case in cases))
+        found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+        return found
+
+
+def run_inside(options: argparse.Namespace) -> dict[str, Any]:
+    """With ComfyUI's Python: all parts, one process after another."""
+    import torch
+    from parts import PARTS, SHARED
+    from plan import plan_for
+
+    plan = plan_for(options.plan, torch.cuda.is_available())
+    shared = [part for part in options.only if part in SHARED]
+    print(f"Measuring: {', '.join(shared) or 'the machine'}", flush=True)
+    first = work(options, [(part, "all") for part in shared])
+    processes = {
+        "mllm": PARTS["mllm"].processes(first["precisions"], plan.mllm_full, torch.cuda.is_available()),
+        "memory": [[case] for case in plan.memory_cases],
+        "leak": [list(PARTS["leak"].CASES)],
+    }
+    measured: dict[str, dict[str, Any]] = first["found"]
+    for part, groups in processes.items():
+        for cases in groups if part in options.only else ():
+            print(f"Measuring: {part}, {', '.join(cases)}", flush=True)
+            found = work(options, [(part, case) for case in cases])["found"]
+            measured.setdefault(part, {}).update(found[part])
+    results = {part: PARTS[part].result(measured[part]) for part in NAMES if part in measured}
+    return {"machine": first["machine"], "plan": options.plan, **results}
+
+
+def main() -> None:
+    """Set up, then go on inside ComfyUI's Python."""
+    options = parse_arguments()
+    if not os.environ.get(INSIDE):
+        try:
+            found = environment()
+        except SetupError as error:
+            sys.exit(f"error: {error}")
+        variables = {**os.environ, "COMFYUI_PATH": str(found.comfyui), INSIDE: "1"}
+        sys.exit(subprocess.run([found.python, __file__, *sys.argv[1:]], env=variables, check=False).returncode)
+    try:
+        results = run_inside(options)
+    except WorkerError as error:
+        sys.exit(f"error: could not measure {error}; see above")
+    print(json.dumps(results["machine"], indent=1))
+    print(text_table(rows(results)))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        print(f"Wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()

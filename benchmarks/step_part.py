@@ -1,0 +1,47 @@
+"""step: one evaluation with guidance (positive and negative prompt in one batch) in the middle of a run."""
+
+from typing import Any
+
+import torch
+from measure import Opener, sampling_run, summary, timed_rounds, with_steps
+from released_moma import released_steps
+from session import Session
+from workload import Scene, moma_model, prompts
+
+CASES = ("all",)
+
+
+def measure(session: Session, case: str) -> dict[str, Any]:
+    """`plain_s`, and for every other way its ratio to that."""
+    from image_attention import image_adapter_model
+
+    plan, workload, scene = session.plan, session.workload, Scene()
+    positive, negative = prompts(workload, scene)
+    models = {
+        "plain": workload.model,
+        "apply": moma_model(workload, scene, with_shortcut=False),
+        "shortcut": moma_model(workload, scene, apply=False),
+        "both": moma_model(workload, scene),
+        "ipadapter": image_adapter_model(
+            workload.model, workload.adapter.layer_sizes, workload.context_size, session.dtype
+        ),
+    }
+    openers: dict[str, Opener] = {
+        name: sampling_run(model, positive, negative, plan.step_size) for name, model in models.items()
+    }
+    found: dict[str, list[float]] = {}
+
+    def rounds(steps: dict[str, Any]) -> None:
+        if session.moma_repo is not None:
+            steps = {**steps, **released_steps(session.moma_repo, workload, scene, plan.step_size)}
+        timed_rounds(steps, plan.warm_up)
+        found.update(timed_rounds(steps, plan.step_rounds))
+
+    with torch.inference_mode():
+        with_steps(openers, rounds)
+    return {**summary(found, "plain"), "latent": list(plan.step_size), "mask": scene.mask}
+
+
+def result(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The part's place in the results."""
+    return measured["all"]

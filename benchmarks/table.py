@@ -1,0 +1,176 @@
+"""The results as a table, and README's performance section made of them: `python3 benchmarks/table.py`."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- benchmarks/table.py: begin -->", "<!-- benchmarks/table.py: end -->"
+IN_README = ("step", "run", "mllm", "memory", "leak")
+
+Results = dict[str, Any]
+
+
+class Row(NamedTuple):
+    """One figure beside its baseline.
+
+    Attributes:
+        part: Name of the part.
+        what: What was measured.
+        baseline: The baseline's name and value.
+        ratio: How many times the baseline; empty for the baseline's own kind of figure.
+        spread: Lowest and highest ratio of a round.
+    """
+
+    part: str
+    what: str
+    baseline: str
+    ratio: str
+    spread: str
+
+
+_HEAD = Row("part", "what", "baseline", "times the baseline", "lowest to highest")
+
+
+def rows(results: Results) -> list[Row]:
+    """All figures of a results file."""
+    return [row for part, make in NAMES.items() if part in results for row in make(results[part])]
+
+
+def text_table(found: list[Row]) -> str:
+    """Columns of equal width."""
+    lines = [_HEAD, *found]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEAD))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def markdown(results: Results) -> str:
+    """README's section for one results file: the machine, then a table."""
+    machine = results["machine"]
+    device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    intro = (
+        f"{device}; {machine['dtype']}, {machine['attention']} attention, torch {machine['torch']}, "
+        f"ComfyUI {machine['comfyui']}."
+    )
+    shown = [row for row in rows(results) if row.part in IN_README]
+    lines = [_HEAD, Row(*["---"] * len(_HEAD)), *shown]
+    return "\n".join([intro, "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def section() -> str:
+    """What README holds between the marks: one table per results file."""
+    files = sorted(RESULTS.glob("*.json"))
+    return "\n\n".join(markdown(json.loads(path.read_text(encoding="utf-8"))) for path in files)
+
+
+def with_section(text: str) -> str:
+    """`text` with the section renewed.
+
+    Raises:
+        ValueError: The marks are not there.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"The text has no place for the table: lines {BEGIN} and {END}.")
+    return f"{before}{BEGIN}\n{section()}\n{END}{after}"
+
+
+def _ratio_rows(part: str, group: Results, baseline: str, names: dict[str, str], title: str) -> Iterator[Row]:
+    value = f"{baseline}: {_seconds(group[f'{baseline}_s'])}"
+    for name, label in names.items():
+        if name in group:
+            low, high = group["spread"][name]
+            yield Row(part, f"{title}, {label}", value, _times(group[name]), f"{_times(low)} to {_times(high)}")
+
+
+def _step(found: Results) -> Iterator[Row]:
+    names = {
+        "apply": "Apply MoMA Adapter",
+        "shortcut": "Self-Attn Shortcut",
+        "both": "both",
+        "ipadapter": "an image adapter with as many tokens",
+        "released": "the released MoMA code",
+        "released_plain": "diffusers without it",
+    }
+    yield from _ratio_rows("step", found, "plain", names, f"{_pixels(found['latent'])}")
+
+
+def _run(found: Results) -> Iterator[Row]:
+    names = {"first": "first picture of a subject", "next": "next picture"}
+    yield from _ratio_rows("run", found, "plain", names, f"{_pixels(found['latent'])}, {found['steps']} steps")
+
+
+def _scaling(found: Results) -> Iterator[Row]:
+    for title, group in found.items():
+        names = {name: name for name in group["memory"] if name != "plain_mb"}
+        yield from _ratio_rows("scaling", group, "plain", names, title)
+        value = f"plain: {_mib(group['memory']['plain_mb'])}"
+        for name in names:
+            yield Row("scaling", f"{title}, {name}: memory of a step", value, _times(group["memory"][name]), "")
+
+
+def _mllm(found: Results) -> Iterator[Row]:
+    labels = {"load_s": "loading", "forward_s": "one look", "peak_mb": "peak memory"}
+    for size, figures in found.items():
+        for figure, label in labels.items():
+            values = dict(figures[figure])
+            base = values.pop("fp32")
+            shown = f"fp32: {_mib(base) if figure == 'peak_mb' else _seconds(base)}"
+            for precision, ratio in values.items():
+                yield Row("mllm", f"{size} model, {precision}: {label}", shown, _times(ratio), "")
+
+
+def _memory(found: Results) -> Iterator[Row]:
+    labels = {"sampling_mb": "in use while sampling", "peak_sampling_mb": "peak of sampling", "peak_mb": "peak"}
+    for figure, label in labels.items():
+        values = dict(found[figure])
+        base = values.pop("plain")
+        for case, ratio in values.items():
+            yield Row("memory", f"whole graph, {case}: {label}", f"plain: {_mib(base)}", _times(ratio), "")
+
+
+def _leak(found: Results) -> Iterator[Row]:
+    growth = f"{found['moma_kb_per_run']:+.1f} KiB a run"
+    yield Row("leak", f"growth over {found['runs']} runs", f"plain: {found['plain_kb_per_run']:+.1f} KiB", growth, "")
+
+
+def _times(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f} s" if value < 1 else f"{value:.2f} s"
+
+
+def _mib(value: float) -> str:
+    return f"{value:.0f} MiB"
+
+
+def _pixels(latent: list[int]) -> str:
+    return f"{8 * latent[1]}x{8 * latent[0]}"
+
+
+NAMES: dict[str, Callable[[Results], Iterator[Row]]] = {
+    "step": _step,
+    "run": _run,
+    "scaling": _scaling,
+    "mllm": _mllm,
+    "memory": _memory,
+    "leak": _leak,
+}
+"""The parts in their order, and how each becomes rows."""
+
+
+def main() -> None:
+    """Renew README's section."""
+    README.write_text(with_section(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

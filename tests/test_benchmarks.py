@@ -1,0 +1,137 @@
+"""The benchmark runs in all its parts on the tiny UNet, and its table reads the results. Times are not judged."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import mllm_part
+import pytest
+import run as benchmark
+import table
+from measure import ratios, with_steps
+from parts import PARTS, SHARED
+from plan import PLANS, plan_for
+from released_moma import MissingCodeError, released_steps
+from session import Session
+from workload import Scene
+
+SPREAD = 2
+
+
+@pytest.fixture(scope="module")
+def session() -> Session:
+    return Session(plan_for("tiny", cuda=False), moma_repo=None)
+
+
+@pytest.fixture(scope="module")
+def results(session: Session) -> dict[str, Any]:
+    """What `run.py` would write, measured in this process."""
+    precisions = ["fp32", "bf16"]
+    cases = {
+        **{part: ["all"] for part in SHARED},
+        "mllm": mllm_part.processes(precisions, full=False, cuda=False)[0],
+        "memory": list(session.plan.memory_cases),
+        "leak": list(PARTS["leak"].CASES),
+    }
+    found = {part: {case: PARTS[part].measure(session, case) for case in cases[part]} for part in PARTS}
+    return {part: PARTS[part].result(measured) for part, measured in found.items()}
+
+
+def is_positive(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value) and value > 0
+
+
+@pytest.mark.parametrize(
+    ("part", "names"), [("step", ["apply", "shortcut", "both", "ipadapter"]), ("run", ["first", "next"])]
+)
+def test_ratios_stand_beside_their_baseline(results: dict[str, Any], part: str, names: list[str]) -> None:
+    found = results[part]
+    assert is_positive(found["plain_s"]) and all(is_positive(found[name]) for name in names)
+    for name in names:
+        low, high = found["spread"][name]
+        assert low <= found[name] <= high
+
+
+def test_scaling_has_time_and_memory_of_every_group(results: dict[str, Any]) -> None:
+    assert set(results["scaling"]) == {"64x64", "128x64", "64x64, batch 2", "64x64, scenes"}
+    for group in results["scaling"].values():
+        assert is_positive(group["plain_s"]) and is_positive(group["both"]) and is_positive(group["memory"]["plain_mb"])
+    assert {"mask 100 %", "2 subjects"} <= set(results["scaling"]["64x64, scenes"])
+
+
+def test_the_language_model_is_measured_in_each_precision(results: dict[str, Any]) -> None:
+    small = results["mllm"]["small"]
+    assert all(set(small[figure]) == {"fp32", "bf16"} for figure in ("load_s", "forward_s", "peak_mb"))
+    assert all(is_positive(value) for value in small["forward_s"].values())
+
+
+def test_two_layers_are_extrapolated_to_all() -> None:
+    measured = {
+        "fp32 1 layers": {"load_s": 2.0, "forward_s": 3.0, "peak_mb": 500.0},
+        "fp32 2 layers": {"load_s": 3.0, "forward_s": 5.0, "peak_mb": 700.0},
+        "fp8 1 layers": {"refused": "needs a GPU"},
+        "fp8 2 layers": {"refused": "needs a GPU"},
+    }
+    found = PARTS["mllm"].result(measured)["full, extrapolated"]
+    assert found["forward_s"] == {"fp32": 3.0 + 31 * 2.0}
+    assert found["peak_mb"] == {"fp32": 500.0 + 31 * 200.0}
+    assert found["refused"] == {"fp8": "needs a GPU"}
+
+
+def test_runs_leave_nothing_behind(results: dict[str, Any]) -> None:
+    counts = results["leak"]["counts"]
+    assert counts["wrappers"][0] > 0 and counts["patches"][0] == 32
+    assert all(first == last for first, last in (counts[name] for name in ("wrappers", "patches", "callbacks")))
+    assert counts["run states"] == [0, 0] and counts["loaded models"][0] == counts["loaded models"][1]
+
+
+def test_every_part_becomes_rows(results: dict[str, Any]) -> None:
+    found = table.rows(results)
+    assert {row.part for row in found} == set(PARTS)
+    assert all(len(line) <= 160 for line in table.text_table(found).splitlines())
+
+
+def test_readme_has_the_table_of_the_results_files() -> None:
+    text = table.README.read_text(encoding="utf-8")
+    assert table.with_section(text) == text, "run `python3 benchmarks/table.py`"
+
+
+def test_a_readme_without_a_place_for_the_table_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no place for the table: lines <!-- benchmarks/table\.py: begin -->"):
+        table.with_section("# Title\n")
+
+
+def test_ratios_are_taken_within_each_round() -> None:
+    assert ratios({"plain": [1.0, 2.0], "both": [3.0, 3.0]}, "plain") == {"both": [3.0, 1.5]}
+
+
+def test_runs_are_open_at_once_and_end_in_reverse() -> None:
+    events: list[str] = []
+
+    def opener(name: str) -> Any:
+        def open_run(body: Any) -> None:
+            events.append(f"open {name}")
+            body(lambda: events.append(f"step {name}"))
+            events.append(f"end {name}")
+
+        return open_run
+
+    with_steps({"a": opener("a"), "b": opener("b")}, lambda steps: [steps[name]() for name in ("a", "b", "a")])
+    assert events == ["open a", "open b", "step a", "step b", "step a", "end b", "end a"]
+
+
+def test_an_unknown_part_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr("sys.argv", ["run.py", "--only", "step,speed"])
+    with pytest.raises(SystemExit):
+        benchmark.parse_arguments()
+    assert "there is no part speed; the parts are step, run, scaling, mllm, memory, leak" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_the_released_code_is_refused(session: Session, tmp_path: Path) -> None:
+    with pytest.raises(MissingCodeError, match=f"--moma-repo {tmp_path}: No module named 'model_lib'"):
+        released_steps(tmp_path, session.workload, Scene(), (8, 8))
+
+
+def test_plans_measure_every_part() -> None:
+    assert set(PARTS) == set(table.NAMES)
+    assert all(plan.step_rounds and plan.run_rounds and plan.leak_runs >= 4 for plan in PLANS.values())
