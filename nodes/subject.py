@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..moma_modules.comfy_bridge import folders
 from ..moma_modules.mllm.encode import subject_hidden_state
+from ..moma_modules.mllm.hidden_state_cache import HiddenStateCache
 from ..moma_modules.reference_image import FITS, prepare_reference
 from ..moma_modules.subject import Subject, load_subject, save_subject
 from .types import CATEGORY, SEARCH_ALIASES, MomaAdapter, MomaMllm, MomaSubject
@@ -54,6 +55,13 @@ class ExtractSubject(io.ComfyNode):
                     "or crop around the subject.",
                     advanced=True,
                 ),
+                io.Boolean.Input(
+                    "cache",
+                    default=True,
+                    tooltip="Keep what the MLLM makes of this picture, subject and prompt in a small file in ComfyUI's "
+                    "user folder, so that it never runs twice for the same, also after a restart. Off: run it again.",
+                    advanced=True,
+                ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
@@ -72,7 +80,15 @@ class ExtractSubject(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, mllm: Any, adapter: Any, image: Any, subject: str, prompt: str, fit: str, mask: Any = None
+        cls,
+        mllm: Any,
+        adapter: Any,
+        image: Any,
+        subject: str,
+        prompt: str,
+        fit: str,
+        cache: bool = True,
+        mask: Any = None,
     ) -> io.NodeOutput:
         word = " ".join(subject.split())
         if not word:
@@ -83,7 +99,11 @@ class ExtractSubject(io.ComfyNode):
                 f"{mllm.hidden_size}: they do not belong together. Use both files of the MoMA release."
             )
         reference = prepare_reference(image, mask, fit)
-        hidden = subject_hidden_state(mllm, reference.image.numpy(), reference.mask.numpy(), word, prompt)
+        hidden_state = HiddenStateCache(folders.hidden_states()).hidden_state if cache else subject_hidden_state
+        try:
+            hidden = hidden_state(mllm, reference.image.numpy(), reference.mask.numpy(), word, prompt)
+        finally:
+            mllm.leave_device()
         embedding = adapter.map_hidden_state(hidden)
         if not embedding.isfinite().all():
             raise ValueError(f"mllm {mllm.name} gave NaN for this picture and prompt; choose precision bf16 or fp32.")

@@ -52,12 +52,19 @@ def sd15_checkpoint(cache: Path) -> Path:
     return path
 
 
-def llava_folder(target: Path) -> Path:
-    """A complete MLLM folder as LLaVA publishes it, with all parts small; the same bytes of weights every time."""
+def llava_folder(target: Path, hidden: int = HIDDEN, layers: int = 4) -> Path:
+    """A complete MLLM folder as LLaVA publishes it, with all parts small; the same bytes of weights every time.
+
+    Args:
+        hidden: Hidden size of the language model, a multiple of 32.
+        layers: Its layers.
+    """
     target.mkdir(parents=True, exist_ok=True)
     vocabulary = _vocabulary()
     shutil.copyfile(TOKENIZER, target / "tokenizer.model")
-    weights = {key: seeded_weight(4, key, shape).half() for key, shape in _llava_shapes(vocabulary).items()}
+    weights = {
+        key: seeded_weight(4, key, shape).half() for key, shape in _llava_shapes(vocabulary, hidden, layers).items()
+    }
     keys = list(weights)
     weight_map = {}
     for number, part in ((1, keys[: len(keys) // 2]), (2, keys[len(keys) // 2 :])):
@@ -66,7 +73,7 @@ def llava_folder(target: Path) -> Path:
         weight_map |= dict.fromkeys(part, name)
     total = sum(value.numel() * value.element_size() for value in weights.values())
     contents = {
-        "config.json": _llava_config(vocabulary),
+        "config.json": _llava_config(vocabulary, hidden, layers),
         "pytorch_model.bin.index.json": {"metadata": {"total_size": total}, "weight_map": weight_map},
         "tokenizer_config.json": {"add_bos_token": True, "add_eos_token": False, "tokenizer_class": "LlamaTokenizer"},
         "special_tokens_map.json": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
@@ -125,13 +132,13 @@ def _vocabulary() -> int:
     return SentencePieceProcessor(model_file=str(TOKENIZER)).vocab_size()
 
 
-def _llava_config(vocabulary: int) -> dict[str, Any]:
+def _llava_config(vocabulary: int, hidden: int, layers: int) -> dict[str, Any]:
     return {
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava",
-        "hidden_size": HIDDEN,
-        "intermediate_size": 2 * HIDDEN,
-        "num_hidden_layers": 4,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "rms_norm_eps": 1e-5,
@@ -147,16 +154,16 @@ def _llava_config(vocabulary: int) -> dict[str, Any]:
     }
 
 
-def _llava_shapes(vocabulary: int) -> Shapes:
-    language = {"model.embed_tokens.weight": (vocabulary, HIDDEN), "model.norm.weight": (HIDDEN,)}
-    for i in range(4):
-        language |= {f"model.layers.{i}.self_attn.{name}_proj.weight": (HIDDEN, HIDDEN) for name in "qkvo"}
-        language |= {f"model.layers.{i}.mlp.{name}_proj.weight": (2 * HIDDEN, HIDDEN) for name in ("gate", "up")}
-        language[f"model.layers.{i}.mlp.down_proj.weight"] = (HIDDEN, 2 * HIDDEN)
-        language |= {f"model.layers.{i}.{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")}
-    projector = _linear("model.mm_projector.0", VISION_WIDTH, HIDDEN) | _linear("model.mm_projector.2", HIDDEN, HIDDEN)
+def _llava_shapes(vocabulary: int, hidden: int, layers: int) -> Shapes:
+    language = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
+    for i in range(layers):
+        language |= {f"model.layers.{i}.self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"}
+        language |= {f"model.layers.{i}.mlp.{name}_proj.weight": (2 * hidden, hidden) for name in ("gate", "up")}
+        language[f"model.layers.{i}.mlp.down_proj.weight"] = (hidden, 2 * hidden)
+        language |= {f"model.layers.{i}.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    projector = _linear("model.mm_projector.0", VISION_WIDTH, hidden) | _linear("model.mm_projector.2", hidden, hidden)
     vision = _vision_shapes(image=112, patch=14, layers=4)
-    return {**language, **vision, **projector, "lm_head.weight": (vocabulary, HIDDEN)}
+    return {**language, **vision, **projector, "lm_head.weight": (vocabulary, hidden)}
 
 
 def _vision_shapes(image: int, patch: int, layers: int) -> Shapes:
