@@ -34,9 +34,14 @@ def subject_hidden_state(mllm: Mllm, image: np.ndarray, mask: np.ndarray, subjec
 
 
 def forward(loaded: LoadedMllm, pixels: Tensor, ids: list[int]) -> Tensor:
-    """Pixels [1, 3, S, S] and token ids with one `IMAGE_TOKEN` to the last hidden state [1, hidden], float32 on the CPU.
+    """One pass with a loaded patcher.
 
-    The patcher must be loaded.
+    Args:
+        pixels: [1, 3, S, S].
+        ids: Token ids with one `IMAGE_TOKEN`.
+
+    Returns:
+        The last hidden state [1, hidden], float32 on the CPU.
     """
     device, dtype, module = loaded.patcher.load_device, loaded.plan.compute_dtype, loaded.module
     place = ids.index(IMAGE_TOKEN)

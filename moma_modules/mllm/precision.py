@@ -21,7 +21,7 @@ PACKED: Mapping[str, type[CastLinear]] = {"fp8": Fp8Linear, "8-bit": Int8Linear,
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _IN_FILE = {torch.int8: "8-bit", torch.float8_e4m3fn: "fp8"}
 _PACKED_BYTES = {"fp8": 1.0, "8-bit": 1.0, "4-bit": 0.5 + 4 / NF4_BLOCK}
-_CPU_TOKENS, _CPU_SIZE = 128, 2048
+_CPU_TOKENS, _CPU_SIZE = 64, 2048
 _CPU_GAIN = 1.25
 """How much faster than fp32 bf16 must be on a CPU to be worth its rounding."""
 
