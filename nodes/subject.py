@@ -12,6 +12,8 @@ from ..moma_modules.comfy_bridge import folders
 from ..moma_modules.comfy_bridge.saving import check_prefix, save_numbered
 from ..moma_modules.comfy_bridge.text import plain_text
 from ..moma_modules.mllm.encode import subject_hidden_state
+from ..moma_modules.mllm.hidden_state_cache import HiddenStateCache
+from ..moma_modules.mllm.model import Mllm
 from ..moma_modules.reference_image import FITS, prepare_references
 from ..moma_modules.subject import Subject, combine_subjects, load_subject
 from .types import CATEGORY, SEARCH_ALIASES, MomaAdapter, MomaMllm, MomaSubject
@@ -58,6 +60,13 @@ class ExtractSubject(io.ComfyNode):
                     "or crop around the subject.",
                     advanced=True,
                 ),
+                io.Boolean.Input(
+                    "cache",
+                    default=True,
+                    tooltip="Keep what the MLLM makes of this picture, subject and prompt in a small file in ComfyUI's "
+                    "user folder, so that it never runs twice for the same, also after a restart. Off: run it again.",
+                    advanced=True,
+                ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
@@ -77,7 +86,15 @@ class ExtractSubject(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, mllm: Any, adapter: Adapter, image: Any, subject: str, prompt: str, fit: str, mask: Any = None
+        cls,
+        mllm: Mllm,
+        adapter: Adapter,
+        image: Any,
+        subject: str,
+        prompt: str,
+        fit: str,
+        cache: bool = True,
+        mask: Any = None,
     ) -> io.NodeOutput:
         word = " ".join(subject.split())
         if not plain_text(word).strip():
@@ -89,19 +106,18 @@ class ExtractSubject(io.ComfyNode):
             )
         references = prepare_references(image, mask, fit)
         spoken = plain_text(word), plain_text(prompt)  # emphasis is for CLIP; the MLLM reads words
-        embeddings = [
-            cls._embedding(mllm, adapter, one, inside, *spoken)
-            for one, inside in zip(references.images.numpy(), references.masks.numpy(), strict=True)
-        ]
-        embedding = torch.stack(embeddings).mean(dim=0)
-        return io.NodeOutput(Subject(embedding, word, prompt, references.images, references.masks, adapter.identity))
-
-    @staticmethod
-    def _embedding(mllm: Any, adapter: Adapter, image: Any, mask: Any, word: str, prompt: str) -> torch.Tensor:
-        embedding = adapter.map_hidden_state(subject_hidden_state(mllm, image, mask, word, prompt))
+        hidden_state = HiddenStateCache(folders.hidden_states()).hidden_state if cache else subject_hidden_state
+        try:
+            hidden = [
+                hidden_state(mllm, one, inside, *spoken)
+                for one, inside in zip(references.images.numpy(), references.masks.numpy(), strict=True)
+            ]
+        finally:
+            mllm.leave_device()
+        embedding = torch.stack([adapter.map_hidden_state(one) for one in hidden]).mean(dim=0)
         if not embedding.isfinite().all():
             raise ValueError(f"mllm {mllm.name} gave NaN for this picture and prompt; choose precision bf16 or fp32.")
-        return embedding
+        return io.NodeOutput(Subject(embedding, word, prompt, references.images, references.masks, adapter.identity))
 
 
 class CombineSubjects(io.ComfyNode):

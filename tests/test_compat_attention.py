@@ -13,8 +13,8 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_tomesd import TomePatchModel
 from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
-from compat_rows import message
 from comfyui_moma.moma_modules.comfy_bridge.unet import BLOCKS
+from compat_rows import message
 from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
 from tiny_models import seeded, tiny_model
 from torch._dynamo.utils import counters
