@@ -51,7 +51,7 @@ class _Entry:
 class ReferenceCache:
     """Belongs to a loaded adapter and goes with it. Least recently used entries give way."""
 
-    _entries: OrderedDict[ReferenceKey, _Entry] = field(default_factory=OrderedDict)
+    _entries: OrderedDict[ReferenceKey, _Entry] = field(default_factory=OrderedDict, repr=False)
 
     def find(self, key: ReferenceKey, model: Any, parts: tuple[Any, ...], device: torch.device) -> KeysValues | None:
         """The result kept for these conditions, on `device`; None if there is none."""

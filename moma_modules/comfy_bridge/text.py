@@ -1,6 +1,7 @@
 """Encoding text with a CLIP, and knowing where in it the subject is."""
 
 import logging
+from string import punctuation
 from typing import Any
 
 from comfy.sd1_clip import escape_important, token_weights, unescape_important
@@ -26,7 +27,7 @@ def encode_prompt(clip: Any, subject: Subject, prompt: str, template: str) -> tu
     """
     text = fill_template(template, subject.word, prompt)
     tokens = _tokenize(clip, text)
-    words = [_tokenize(clip, _escaped(word))[CLIP_KEY] for word in plain_text(subject.word).split()]
+    words = [_tokenize(clip, _escaped(_bare(word)))[CLIP_KEY] for word in plain_text(subject.word).split()]
     positions = find_subject(tokens[CLIP_KEY], words)
     conditioning = clip.encode_from_tokens_scheduled(tokens)
     warning = None
@@ -49,6 +50,11 @@ def plain_text(text: str) -> str:
     """What a prompt says without ComfyUI's emphasis: "a (red:1.2) car" reads "a red car", "\\(1\\)" reads "(1)"."""
     parts = token_weights(escape_important(text), 1.0)
     return unescape_important("".join(part for part, _ in parts))
+
+
+def _bare(word: str) -> str:
+    """A word without the punctuation around it, which CLIP joins with whatever punctuation follows in the text."""
+    return word.strip(punctuation) or word
 
 
 def _escaped(plain: str) -> str:
