@@ -48,8 +48,16 @@ def unet_config(unet: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def tiny_model(unet: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
-    """A MODEL (ModelPatcher) with seeded weights; `overrides` change the UNet's configuration."""
+def tiny_model(
+    unet: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    compute: torch.dtype | None = None,
+    **overrides: Any,
+) -> Any:
+    """A MODEL (ModelPatcher) with seeded weights; `overrides` change the UNet's configuration.
+
+    With `compute`, weights are stored in `dtype` and cast for every layer, as weight_dtype fp8 does.
+    """
     import comfy.model_base
     import comfy.model_management
     import comfy.model_patcher
@@ -58,6 +66,8 @@ def tiny_model(unet: dict[str, Any] | None = None, dtype: torch.dtype = torch.fl
 
     settings = unet_config(unet or TINY) | overrides | {"dtype": dtype}
     config = comfy.supported_models.SD15(dict(settings))
+    if compute is not None:
+        config.set_inference_dtype(dtype, compute)
     model = comfy.model_base.BaseModel(config, device=torch.device("cpu"))
     model.diffusion_model.load_state_dict(unet_weights(settings, model.diffusion_model.state_dict()))
     device = comfy.model_management.get_torch_device()
