@@ -4,6 +4,7 @@
 It travels in the run's own copy of the transformer options; nothing is kept on the model, in a module or in a patch.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,12 @@ class RunState:
         keys = [entry.subject.key for entry in self.settings.subjects]
         self._canvas = (noise.shape[0], *noise.shape[-2:])
         self._found = subjects_in(guider.conds, keys)
+        for entry, found in zip(self.settings.subjects, self._found, strict=True):
+            if not found:
+                logging.warning(
+                    f"MoMA: no positive prompt of this run knows where the subject {entry.subject.word!r} is, so its "
+                    "features reach the whole picture. Encode the prompt with MoMA Text Encode, or add MoMA Mark Subject."
+                )
         attach_rows(guider.conds, keys, noise)
         options = model_options["transformer_options"]
         self.subjects = tuple(_subject_run(entry, guider, options, noise) for entry in self.settings.subjects)
