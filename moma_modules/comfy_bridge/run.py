@@ -70,7 +70,7 @@ class RunState:
     def end_evaluation(self) -> None:
         """The maps that came together become the masks of the next evaluation."""
         if self._evaluation is not None and self._evaluation.has_maps:
-            self.masks = self._evaluation.masks()
+            self.masks = self._evaluation.masks(self.masks)
         self._evaluation = None
         self._patches = None
 
@@ -209,12 +209,16 @@ class _Evaluation:
         self._call_sums.zero_()
         self._call_counts.zero_()
 
-    def masks(self) -> Tensor:
+    def masks(self, previous: Tensor | None) -> Tensor:
+        """[S, B, H, W]; where no positive row knew a subject of an image (timestep ranges), its mask stays."""
         subjects, (batch, height, width) = self.sums.shape[0], self.canvas
         by_image = (subjects, 2, batch, height * width)
         maps = (self.sums / self.counts.clamp(min=1)).view(by_image).transpose(1, 2)
         covered = (self.counts > 0).view(by_image).transpose(1, 2)
-        return subject_mask(maps, covered).view(subjects, batch, height, width)
+        found = subject_mask(maps, covered)
+        before = torch.ones_like(found) if previous is None else previous.view_as(found)
+        known = covered[:, :, 1].any(dim=-1, keepdim=True)
+        return torch.where(known, found, before).view(subjects, batch, height, width)
 
 
 def _subject_run(entry: SubjectSettings, guider: Any, options: dict[str, Any], noise: Tensor) -> SubjectRun:
