@@ -3,7 +3,7 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..moma_modules.comfy_bridge.folders import register_folders
-from .conditioning import TextEncode
+from .conditioning import MarkSubject, TextEncode
 from .loaders import LoadAdapter, LoadMllm
 from .mask import SubjectMask
 from .patches import ApplyAdapter, SelfAttnShortcut
@@ -15,6 +15,7 @@ NODES: list[type[io.ComfyNode]] = [
     ExtractSubject,
     CombineSubjects,
     TextEncode,
+    MarkSubject,
     ApplyAdapter,
     SelfAttnShortcut,
     SubjectMask,

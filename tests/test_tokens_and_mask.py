@@ -2,11 +2,8 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import comfy.sd
-import comfy.sd1_clip
 import numpy as np
 import pytest
 import torch
@@ -20,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scene import tiny_adapter, tiny_subject
+from tiny_models import tiny_clip
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 TOKENIZER = SD1Tokenizer()
@@ -59,25 +57,6 @@ def test_a_word_of_several_tokens() -> None:
 
 def test_other_braces_in_a_template_stay() -> None:
     assert fill_template("{a|b} {subject}: {prompt}", "cup", "{prompt}") == "{a|b} cup: {prompt}"
-
-
-class TinyClip(comfy.sd1_clip.SD1ClipModel):
-    """SD1.5's text encoder, small."""
-
-    def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict[str, Any] | None = None) -> None:
-        config = {
-            "num_hidden_layers": 2,
-            "hidden_size": 64,
-            "num_attention_heads": 4,
-            "intermediate_size": 128,
-            "hidden_act": "quick_gelu",
-            "num_positions": 77,
-            "vocab_size": 49408,
-            "eos_token_id": 49407,
-            "max_position_embeddings": 77,
-        }
-        kind = comfy.sd1_clip.SDClipModel
-        super().__init__(device, dtype, model_options or {}, clip_model=kind, textmodel_json_config=config)
 
 
 def brute_force_mask(maps: np.ndarray) -> np.ndarray:
@@ -163,11 +142,7 @@ def test_each_picture_of_a_batch_is_prepared_as_if_alone() -> None:
 
 @pytest.fixture(scope="module")
 def clip() -> Any:
-    torch.manual_seed(0)
-    made = comfy.sd.CLIP(SimpleNamespace(params={}, clip=TinyClip, tokenizer=SD1Tokenizer))
-    for weight in made.cond_stage_model.parameters():
-        weight.data = torch.randn(weight.shape) * 0.05
-    return made
+    return tiny_clip()
 
 
 def test_a_prompt_knows_its_subject(clip: Any) -> None:

@@ -4,6 +4,7 @@
 It travels in the run's own copy of the transformer options; nothing is kept on the model, in a module or in a patch.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,12 @@ class RunState:
         keys = [entry.subject.key for entry in self.settings.subjects]
         self._canvas = (noise.shape[0], *noise.shape[-2:])
         self._found = subjects_in(guider.conds, keys)
+        for entry, found in zip(self.settings.subjects, self._found, strict=True):
+            if not found:
+                logging.warning(
+                    f"MoMA: no positive prompt of this run knows where the subject {entry.subject.word!r} is, so its "
+                    "features reach the whole picture. Encode the prompt with MoMA Text Encode, or add MoMA Mark Subject."
+                )
         attach_rows(guider.conds, keys, noise)
         options = model_options["transformer_options"]
         self.subjects = tuple(_subject_run(entry, guider, options, noise) for entry in self.settings.subjects)
@@ -64,7 +71,7 @@ class RunState:
     def end_evaluation(self) -> None:
         """The maps that came together become the masks of the next evaluation."""
         if self._evaluation is not None and self._evaluation.has_maps:
-            self.masks = self._evaluation.masks()
+            self.masks = self._evaluation.masks(self.masks)
         self._evaluation = None
         self._patches = None
 
@@ -203,12 +210,16 @@ class _Evaluation:
         self._call_sums.zero_()
         self._call_counts.zero_()
 
-    def masks(self) -> Tensor:
+    def masks(self, previous: Tensor | None) -> Tensor:
+        """[S, B, H, W]; where no positive row knew a subject of an image (timestep ranges), its mask stays."""
         subjects, (batch, height, width) = self.sums.shape[0], self.canvas
         by_image = (subjects, 2, batch, height * width)
         maps = (self.sums / self.counts.clamp(min=1)).view(by_image).transpose(1, 2)
         covered = (self.counts > 0).view(by_image).transpose(1, 2)
-        return subject_mask(maps, covered).view(subjects, batch, height, width)
+        found = subject_mask(maps, covered)
+        before = torch.ones_like(found) if previous is None else previous.view_as(found)
+        known = covered[:, :, 1].any(dim=-1, keepdim=True)
+        return torch.where(known, found, before).view(subjects, batch, height, width)
 
 
 def _subject_run(entry: SubjectSettings, guider: Any, options: dict[str, Any], noise: Tensor) -> SubjectRun:

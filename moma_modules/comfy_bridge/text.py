@@ -27,9 +27,35 @@ def encode_prompt(clip: Any, subject: Subject, prompt: str, template: str) -> tu
     """
     text = fill_template(template, subject.word, prompt)
     tokens = _tokenize(clip, text)
+    conditioning, warning = _marked(clip, subject, clip.encode_from_tokens_scheduled(tokens), text, tokens)
+    return conditioning, text, warning
+
+
+def mark_subject(clip: Any, subject: Subject, conditioning: list, text: str) -> tuple[list, str | None]:
+    """A copy of `conditioning`, which was encoded from `text`, that knows where one more subject is.
+
+    Returns:
+        The CONDITIONING, and a warning as for `encode_prompt`.
+
+    Raises:
+        ValueError: The CLIP is not SD1.5's, or the conditioning is too short for the text.
+    """
+    tokens = _tokenize(clip, text)
+    needed = sum(len(chunk) for chunk in tokens[CLIP_KEY])
+    length = min(entry[0].shape[1] for entry in conditioning)
+    if length < needed:
+        raise ValueError(
+            f"text makes {needed} tokens, conditioning has {length}: it was not encoded from this text. Connect the text "
+            "output of the MoMA Text Encode (or the text of the CLIP Text Encode) that made the conditioning."
+        )
+    return _marked(clip, subject, conditioning, text, tokens)
+
+
+def _marked(
+    clip: Any, subject: Subject, conditioning: list, text: str, tokens: dict[str, list]
+) -> tuple[list, str | None]:
     words = [_tokenize(clip, _escaped(_bare(word)))[CLIP_KEY] for word in plain_text(subject.word).split()]
     positions = find_subject(tokens[CLIP_KEY], words)
-    conditioning = clip.encode_from_tokens_scheduled(tokens)
     warning = None
     if not positions:
         warning = (
@@ -37,7 +63,7 @@ def encode_prompt(clip: Any, subject: Subject, prompt: str, template: str) -> tu
             "mask is off, and the subject's features reach the whole picture. Say the subject word in the prompt."
         )
         logging.warning(warning)
-    return mark_tokens(conditioning, {subject.key: positions}), text, warning
+    return mark_tokens(conditioning, {subject.key: positions}), warning
 
 
 def encode_word(clip: Any, word: str) -> Tensor:
