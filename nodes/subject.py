@@ -63,6 +63,7 @@ class ExtractSubject(io.ComfyNode):
                 io.Boolean.Input(
                     "cache",
                     default=True,
+                    optional=True,
                     tooltip="Keep what the MLLM makes of this picture, subject and prompt in a small file in ComfyUI's "
                     "user folder, so that it never runs twice for the same, also after a restart. Off: run it again.",
                     advanced=True,
