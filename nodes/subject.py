@@ -114,6 +114,7 @@ class SaveSubject(io.ComfyNode):
 
     @classmethod
     def execute(cls, subject: Subject, filename_prefix: str) -> io.NodeOutput:
+        folders.check_new_name("filename_prefix", filename_prefix)
         root = os.path.join(folder_paths.get_output_directory(), "moma_subjects")
         os.makedirs(root, exist_ok=True)
         folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, root)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.server
 TESTS = Path(__file__).parent
 SNAPSHOT = TESTS / "data" / "object_info.json"
 FILE_LISTS = ("model_name", "adapter_name", "subject_name")
-MOMA_NODES = 9
+MOMA_NODES = 10
 
 
 def api(name: str) -> Prompt:
@@ -139,7 +139,7 @@ def test_missing_files_are_named_before_anything_runs(bare: ComfyServer) -> None
         bare.run(api("new_context"))
     message = str(refusal.value)
     folder = str(bare.base / "models" / "moma")
-    for part in ("there is no MLLM folder 'MoMA_llava_7b'", "there is no adapter", folder, "huggingface.co/Kunpeng"):
+    for part in ("there is no MLLM 'MoMA_llava_7b'", "there is no adapter", folder, "huggingface.co/Kunpeng"):
         assert part in message
     with pytest.raises(PromptRefusedError, match=r"there is no saved subject 'cup_00001_\.safetensors'.*moma_subjects"):
         bare.run(api("from_subject"))
