@@ -5,7 +5,6 @@ import time
 import comfy.model_management
 import comfy.utils
 from comfy_execution.utils import get_executing_context
-from server import PromptServer
 
 from ..files import megabytes
 
@@ -28,8 +27,12 @@ class FileProgress:
         """
         comfy.model_management.throw_exception_if_processing_interrupted()
         self._bar.update_absolute(done, total)
-        context, server = get_executing_context(), getattr(PromptServer, "instance", None)
         now = time.monotonic()
-        if context is not None and server is not None and (now - self._shown > TEXT_SECONDS or done == total):
+        context = get_executing_context()
+        if context is not None and (now - self._shown > TEXT_SECONDS or done == total):
+            from server import PromptServer  # where no server runs a node, there is none to import
+
             self._shown = now
-            server.send_progress_text(f"{text}\n{megabytes(done)} of {megabytes(total)}", context.node_id)
+            PromptServer.instance.send_progress_text(
+                f"{text}\n{megabytes(done)} of {megabytes(total)}", context.node_id
+            )
