@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..moma_modules.comfy_bridge.folders import register_folders
 from .conditioning import MarkSubject, TextEncode
+from .convert import ConvertMllm
 from .loaders import LoadAdapter, LoadMllm
 from .mask import SubjectMask
 from .patches import ApplyAdapter, SelfAttnShortcut
@@ -12,6 +13,7 @@ from .subject import CombineSubjects, ExtractSubject, LoadSubject, SaveSubject
 NODES: list[type[io.ComfyNode]] = [
     LoadMllm,
     LoadAdapter,
+    ConvertMllm,
     ExtractSubject,
     CombineSubjects,
     TextEncode,

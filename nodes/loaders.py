@@ -1,26 +1,29 @@
 """Load MoMA MLLM, Load MoMA Adapter."""
 
 import os
-from pathlib import Path
 
 from comfy_api.latest import io, ui
 
 from ..moma_modules.adapter import load_adapter
 from ..moma_modules.comfy_bridge import folders
+from ..moma_modules.comfy_bridge.download import download_adapter, download_mllm
 from ..moma_modules.comfy_bridge.node_text import show_at_node
-from ..moma_modules.mllm.checkpoint import find_checkpoints
-from ..moma_modules.mllm.identity import checkpoint_files
+from ..moma_modules.mllm.checkpoint import checkpoint_files
 from ..moma_modules.mllm.model import load_mllm
 from ..moma_modules.mllm.precision import PRECISIONS
+from ..moma_modules.release import ADAPTER_NAME, ADAPTER_SIZE, FOLDER, MLLM_SIZE, REPOSITORY
 from .types import CATEGORY, SEARCH_ALIASES, MomaAdapter, MomaMllm
 
 
-def _mllm_folder(name: str) -> Path:
-    found = find_checkpoints(folders.model_roots())
-    name = name.replace("\\", "/")
-    if name not in found:
-        raise FileNotFoundError(folders.mllm_not_found(name, sorted(found)))
-    return found[name]
+def _download_input(files: str) -> io.Boolean.Input:
+    return io.Boolean.Input(
+        "download",
+        default=False,
+        optional=True,
+        tooltip=f"Fetches {files} from huggingface.co/{REPOSITORY} into models/moma/{FOLDER} when they are not there. "
+        "Off: this node never connects to anything.",
+        advanced=True,
+    )
 
 
 class LoadMllm(io.ComfyNode):
@@ -39,8 +42,9 @@ class LoadMllm(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=sorted(find_checkpoints(folders.model_roots())),
-                    tooltip="A LLaVA checkpoint folder in models/moma, such as MoMA_llava_7b.",
+                    options=folders.mllm_choices(),
+                    tooltip="A LLaVA checkpoint in models/moma: a folder such as MoMA_llava_7b, or a file from "
+                    "Convert MoMA MLLM.",
                 ),
                 io.Combo.Input(
                     "precision",
@@ -51,27 +55,32 @@ class LoadMllm(io.ComfyNode):
                     "memory. 8-bit, 4-bit: a half and a third, with bitsandbytes, which is yours to install.",
                     advanced=True,
                 ),
+                _download_input(f"the MLLM ({MLLM_SIZE})"),
             ],
             outputs=[MomaMllm.Output("mllm", display_name="mllm", tooltip="For Extract Subject Features.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def validate_inputs(cls, model_name: str) -> bool | str:
+    def validate_inputs(cls, model_name: str | None, download: bool | None = False) -> bool | str:
+        if model_name is None or (download is not False and model_name == FOLDER):
+            return True  # linked, or to be seen when it runs
         try:
-            _mllm_folder(model_name)
-        except FileNotFoundError as error:
+            folders.mllm_path(model_name)
+        except (FileNotFoundError, ValueError) as error:
             return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, precision: str) -> str:
-        files = checkpoint_files(_mllm_folder(model_name))
-        return repr([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
+    def fingerprint_inputs(cls, model_name: str, precision: str, download: bool = False) -> str:
+        stats = [(path.name, path.stat()) for path in checkpoint_files(folders.mllm_path(model_name))]
+        return repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
     @classmethod
-    def execute(cls, model_name: str, precision: str) -> io.NodeOutput:
-        mllm = load_mllm(_mllm_folder(model_name), precision)
+    def execute(cls, model_name: str, precision: str, download: bool = False) -> io.NodeOutput:
+        if download and model_name == FOLDER:
+            download_mllm()
+        mllm = load_mllm(folders.mllm_path(model_name), precision)
         show_at_node(mllm.plan.summary, cls.hidden.unique_id)
         return io.NodeOutput(mllm, ui=ui.PreviewText(mllm.plan.summary))
 
@@ -91,9 +100,10 @@ class LoadAdapter(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "adapter_name",
-                    options=folders.adapter_names(),
+                    options=folders.adapter_choices(),
                     tooltip="A MoMA adapter in models/moma or a folder below it.",
-                )
+                ),
+                _download_input(f"the adapter ({ADAPTER_SIZE})"),
             ],
             outputs=[
                 MomaAdapter.Output(
@@ -105,7 +115,9 @@ class LoadAdapter(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, adapter_name: str) -> bool | str:
+    def validate_inputs(cls, adapter_name: str | None, download: bool | None = False) -> bool | str:
+        if adapter_name is None or (download is not False and adapter_name == ADAPTER_NAME):
+            return True  # linked, or to be seen when it runs
         try:
             folders.adapter_path(adapter_name)
         except FileNotFoundError as error:
@@ -113,10 +125,12 @@ class LoadAdapter(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, adapter_name: str) -> str:
+    def fingerprint_inputs(cls, adapter_name: str, download: bool = False) -> str:
         status = os.stat(folders.adapter_path(adapter_name))
         return f"{status.st_size}-{status.st_mtime_ns}"
 
     @classmethod
-    def execute(cls, adapter_name: str) -> io.NodeOutput:
+    def execute(cls, adapter_name: str, download: bool = False) -> io.NodeOutput:
+        if download and adapter_name == ADAPTER_NAME:
+            download_adapter()
         return io.NodeOutput(load_adapter(folders.adapter_path(adapter_name)))

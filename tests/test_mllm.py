@@ -84,7 +84,7 @@ BROKEN = {
     "no tokenizer": (remove("tokenizer.model"), r"is incomplete: tokenizer\.model is missing"),
     "bad tokenizer": (truncate("tokenizer.model"), r"tokenizer\.model is not a readable sentencepiece model"),
     "no index": (remove(INDEX), r"is incomplete: pytorch_model\.bin\.index\.json is missing"),
-    "no shard": (remove(SHARD), r"is incomplete: pytorch_model-00001-of-00002\.bin missing\. Found: "),
+    "no shard": (remove(SHARD), r"is incomplete: pytorch_model-00001-of-00002\.bin is missing\. Found: "),
     "truncated shard": (truncate(SHARD), r"00001-of-00002\.bin \(1000 bytes\) is not a readable.*truncated"),
     "missing weight": (
         edit_shard(lambda w: w.pop("model.layers.0.mlp.up_proj.weight")),

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import pytest
 from bootstrap import ROOT, comfyui_path
 from comfy_cli.workflow_to_api import convert_ui_to_api
 from comfy_server import ComfyServer, ExecutionFailedError, Prompt, PromptRefusedError, Run
+from comfyui_moma.moma_modules.release import FOLDER, MLLM_FILES, REPOSITORY
 from comfyui_source import cache_dir
+from hub_server import HubFile, HubServer
 from PIL import Image
 from random_weights import adapter_file, llava_folder, sd15_checkpoint
 
@@ -139,10 +142,40 @@ def test_missing_files_are_named_before_anything_runs(bare: ComfyServer) -> None
         bare.run(api("new_context"))
     message = str(refusal.value)
     folder = str(bare.base / "models" / "moma")
-    for part in ("there is no MLLM folder 'MoMA_llava_7b'", "there is no adapter", folder, "huggingface.co/Kunpeng"):
+    for part in ("there is no MLLM 'MoMA_llava_7b'", "there is no adapter", folder, "huggingface.co/Kunpeng"):
         assert part in message
     with pytest.raises(PromptRefusedError, match=r"there is no saved subject 'cup_00001_\.safetensors'.*moma_subjects"):
         bare.run(api("from_subject"))
+
+
+def test_a_download_and_a_conversion_through_the_server(tmp_path: Path) -> None:
+    """Progress in bytes is shown on the node; Cancel ends a transfer that takes long; then all is there."""
+    source = llava_folder(tmp_path / "source")
+    files = {name: HubFile((source / name).read_bytes()) for name in MLLM_FILES}
+    files[MLLM_FILES[3]].seconds = 60.0
+    convert = {"class_type": "MoMAConvertMLLM", "inputs": {"model_name": FOLDER, "precision": "int8", "filename": "x"}}
+    load = {"class_type": "MoMALoadMLLM", "inputs": {"model_name": FOLDER, "precision": "auto", "download": True}}
+    shown = {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}}
+    with HubServer(REPOSITORY, files) as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", hub.url)
+        patch.setenv("HF_HOME", str(tmp_path / "hf"))
+        with ComfyServer(comfyui_path(), tmp_path / "base") as server:
+            start: list[float] = []
+
+            def cancel(event: dict[str, Any]) -> None:
+                if not start and hub.sent(MLLM_FILES[3]):
+                    start.append(time.monotonic())
+                    server.interrupt()
+
+            assert server.run({"1": load, "2": shown}, cancel).interrupted
+            assert time.monotonic() - start[0] < 2.0
+            files[MLLM_FILES[3]].seconds = 0.0
+            run = server.run({"1": load, "2": shown})
+            total = sum(len(file.content) for file in files.values())
+            assert ("1", total, total) in run.progress
+            assert "x.safetensors" in server.run({"1": convert}).outputs["1"]["text"][0]
+            info = server.object_info()["MoMALoadMLLM"]["input"]["required"]["model_name"]
+            assert {FOLDER, "x.safetensors"} <= set(info[1]["options"])
 
 
 @pytest.mark.slow

@@ -1,20 +1,13 @@
 """Saving subjects under a name that a graph gives: numbered, never over another file, never outside the folder."""
 
 import os
-import re
 from pathlib import Path
 
 import folder_paths
 
 from ..subject import Subject, save_subject
+from .file_names import SUFFIX, check_new_name, portable
 from .folders import SUBJECTS
-
-SUFFIX = ".safetensors"
-LONGEST = 200
-"""Bytes of a name; systems allow 255, and the number and suffixes come on top."""
-
-_FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"|?*\ud800-\udfff]')
-_DEVICES = re.compile(r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|COM\d|LPT\d)", re.IGNORECASE)
 
 
 def save_numbered(subject: Subject, prefix: str) -> Path:
@@ -29,7 +22,7 @@ def save_numbered(subject: Subject, prefix: str) -> Path:
     check_prefix(prefix)
     root = Path(folder_paths.get_output_directory()) / SUBJECTS
     root.mkdir(parents=True, exist_ok=True)
-    prefix = _portable(prefix)
+    prefix = portable(prefix)
     _check_inside(root, root / os.path.dirname(prefix))
     folder, name, number, _, _ = folder_paths.get_save_image_path(prefix, str(root))
     _check_inside(root, Path(folder))
@@ -43,42 +36,8 @@ def save_numbered(subject: Subject, prefix: str) -> Path:
 
 
 def check_prefix(prefix: str) -> None:
-    """Check that a prefix is a file name, with subfolders if wanted, that every system can have.
-
-    Raises:
-        ValueError: Naming the input, what is wrong with it and what to do.
-    """
-    *folders, name = _portable(prefix).split("/")
-    problem = None
-    if not name.strip():
-        problem = "ends without a name"
-    elif folders[:1] == [""]:
-        problem = "is an absolute path; subjects are saved below output/moma_subjects only"
-    elif ".." in (*folders, name):
-        problem = "leads out of its folder with '..'; subjects are saved below output/moma_subjects only"
-    else:
-        problem = next(filter(None, map(_problem, [*folders, f"{name}_0{SUFFIX}"])), None)
-    if problem:
-        raise ValueError(f"filename_prefix {prefix[:80]!r} {problem}. Give a name such as 'cup' or 'cars/red'.")
-
-
-def _portable(prefix: str) -> str:
-    return prefix.strip().replace("\\", "/")
-
-
-def _problem(part: str) -> str | None:
-    """What keeps some system from having a file or folder of this name."""
-    if found := _FORBIDDEN.search(part):
-        return f"holds {found[0]!r}, which not every system allows in a file name"
-    if not part.rstrip(". "):
-        return f"has the folder name {part!r}"
-    if part != part.rstrip(". "):
-        return f"has the folder name {part!r}, which ends in a dot or space"
-    if _DEVICES.fullmatch(part.split(".")[0].rstrip()):
-        return f"has the name {part.removesuffix(SUFFIX).removesuffix('_0')!r}, which is a device on Windows"
-    if len(part.encode()) > LONGEST:
-        return f"has a name of {len(part.encode())} bytes; at most {LONGEST} are possible"
-    return None
+    """See `check_new_name`."""
+    check_new_name("filename_prefix", prefix, f"output/{SUBJECTS}")
 
 
 def _check_inside(root: Path, folder: Path) -> None:

@@ -3,19 +3,13 @@
 import hashlib
 from pathlib import Path
 
-SUFFIXES = (".json", ".model", ".bin", ".safetensors")
+from .checkpoint import checkpoint_files
+
 SMALL = 4 << 20
 """Files up to this size are hashed whole: the config, the index, the tokenizer."""
 
 SAMPLES, SAMPLE = 64, 16 << 10
 """Larger ones by this many windows of this many bytes, evenly spread, with the first and the last among them."""
-
-
-def checkpoint_files(path: Path) -> list[Path]:
-    """The files of a checkpoint: a folder's, by name, or the one file itself."""
-    if path.is_file():
-        return [path]
-    return sorted(file for file in path.iterdir() if file.is_file() and file.suffix in SUFFIXES)
 
 
 def checkpoint_identity(path: Path) -> str:

@@ -19,11 +19,12 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaModel
 
-from .checkpoint import Checkpoint, LanguageShape, VisionShape, read_checkpoint
+from .checkpoint import Checkpoint, read_checkpoint
 from .identity import checkpoint_identity
 from .leaves import CastLinear, PackedLinear, RowScaledLinear, comfy_leaf
 from .precision import PACKED, Plan, is_language_matrix, make_plan
 from .quantize import QUANTIZED_DTYPES, SCALE_SUFFIX
+from .shapes import LanguageShape, VisionShape
 
 
 class MllmModule(nn.Module):
