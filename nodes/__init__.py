@@ -7,6 +7,7 @@ from .conditioning import TextEncode
 from .loaders import LoadAdapter, LoadMllm
 from .mask import SubjectMask
 from .patches import ApplyAdapter, SelfAttnShortcut
+from .study import ContactSheet, StrengthStudy
 from .subject import ExtractSubject, LoadSubject, SaveSubject
 
 NODES: list[type[io.ComfyNode]] = [
@@ -19,6 +20,8 @@ NODES: list[type[io.ComfyNode]] = [
     SubjectMask,
     SaveSubject,
     LoadSubject,
+    StrengthStudy,
+    ContactSheet,
 ]
 
 

@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..moma_modules.comfy_bridge import folders
+from ..moma_modules.comfy_bridge.editor import show_text
 from ..moma_modules.mllm.encode import subject_hidden_state
+from ..moma_modules.pictures import coverage, what_was_seen
 from ..moma_modules.reference_image import FITS, prepare_reference
 from ..moma_modules.subject import Subject, load_subject, save_subject
-from .types import CATEGORY, SEARCH_ALIASES, MomaAdapter, MomaMllm, MomaSubject
+from .types import CATEGORY, KEEPS_PREVIEW, SEARCH_ALIASES, MomaAdapter, MomaMllm, MomaSubject
 
 
 class ExtractSubject(io.ComfyNode):
@@ -25,7 +27,8 @@ class ExtractSubject(io.ComfyNode):
             category=CATEGORY,
             search_aliases=SEARCH_ALIASES,
             description="Looks at the subject in the reference picture, with the word for it and the prompt in mind. "
-            "The result depends on no seed or sampler: change those and this node does not run again.",
+            "The result depends on no seed or sampler: change those and this node does not run again. Its preview "
+            "shows the mask on the picture, and what the language model sees: the subject on white.",
             inputs=[
                 MomaMllm.Input("mllm", tooltip="From Load MoMA MLLM."),
                 MomaAdapter.Input("adapter", tooltip="From Load MoMA Adapter."),
@@ -68,6 +71,7 @@ class ExtractSubject(io.ComfyNode):
                     tooltip="For MoMA Text Encode, Apply MoMA Adapter, Self-Attn Shortcut and Save MoMA Subject.",
                 )
             ],
+            **KEEPS_PREVIEW,
         )
 
     @classmethod
@@ -87,7 +91,10 @@ class ExtractSubject(io.ComfyNode):
         embedding = adapter.map_hidden_state(hidden)
         if not embedding.isfinite().all():
             raise ValueError(f"mllm {mllm.name} gave NaN for this picture and prompt; choose precision bf16 or fp32.")
-        return io.NodeOutput(Subject(embedding, word, prompt, reference.image, reference.mask, adapter.identity))
+        show_text(coverage(reference.mask))
+        seen = what_was_seen(reference.image, reference.mask)
+        subject_features = Subject(embedding, word, prompt, reference.image, reference.mask, adapter.identity)
+        return io.NodeOutput(subject_features, ui=ui.PreviewImage(seen, cls=cls))
 
 
 class SaveSubject(io.ComfyNode):

@@ -141,14 +141,19 @@ class ComfyServer:
         """All that the server has printed."""
         return self.log_file.read_text(encoding="utf-8", errors="replace")
 
+    @property
+    def address(self) -> str:
+        """Where its pages are."""
+        return f"http://127.0.0.1:{self._port}"
+
     def get(self, path: str) -> bytes:
         """The body of a GET request."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self._port}{path}", timeout=60) as answer:
+        with urllib.request.urlopen(f"{self.address}{path}", timeout=60) as answer:
             return bytes(answer.read())
 
     def post(self, path: str, content: dict[str, Any]) -> dict[str, Any]:
         """The JSON answer to a POST request ({} for an empty one)."""
-        url = f"http://127.0.0.1:{self._port}{path}"
+        url = f"{self.address}{path}"
         body = json.dumps(content).encode()
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as answer:

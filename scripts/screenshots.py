@@ -1,0 +1,181 @@
+"""Makes every picture of the documentation anew: docs/images, web/docs/images and the thumbnails in workflows/.
+
+Needs Chromium. The weights are random, so pictures that the model makes are noise; the previews show the test's cup.
+"""
+
+import io
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from browser import Editor, open_editor
+from comfyui_source import ROOT, cache_dir
+from inside import comfyui_inside
+from PIL import Image
+
+DOCS, HELP = ROOT / "docs" / "images", ROOT / "web" / "docs" / "images"
+PHOTO = ROOT / "tests" / "data" / "subject" / "photo_masked.png"
+THUMBNAIL = (768, 512)
+RUN = 600_000
+SMALL = {"EmptyLatentImage": (192, 192, 1)}
+
+
+def workflow(name: str) -> dict[str, Any]:
+    """A committed workflow."""
+    return dict(json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def made_small(content: dict[str, Any], steps: int) -> dict[str, Any]:
+    """The same graph at a size that a CPU can run."""
+    for node in content["nodes"]:
+        if node["type"] in SMALL:
+            node["widgets_values"] = list(SMALL[node["type"]])
+        elif node["type"] == "KSampler":
+            node["widgets_values"][1:3] = ["fixed", steps]
+        elif node["type"] == "MoMAStrengthStudy":
+            node["widgets_values"][0] = "0.0, 0.6, 1.2"
+            node["widgets_values"][4] = steps
+        elif node["type"] == "MoMAApplyAdapter":
+            node["widgets_values"][3] = True
+    return content
+
+
+def thumbnail(picture: Path, target: Path) -> None:
+    """The picture on a canvas of the thumbnails' shape."""
+    image = Image.open(picture).convert("RGB")
+    image.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
+    canvas = Image.new("RGB", THUMBNAIL, (24, 24, 24))
+    canvas.paste(image, ((THUMBNAIL[0] - image.width) // 2, (THUMBNAIL[1] - image.height) // 2))
+    canvas.save(target, quality=82)
+    print(f"Wrote {target.relative_to(ROOT)}", flush=True)
+
+
+def take(editor: Editor, target: Path, kinds: tuple[str, ...] = (), width: int = 1500) -> None:
+    """A picture of nodes, in few colours: the editor's are plain, and so is a small file."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    editor.picture(target, kinds)
+    _shrink(target, width)
+
+
+def _shrink(target: Path, width: int) -> None:
+    image = Image.open(io.BytesIO(target.read_bytes())).convert("RGB")
+    if image.width > width:
+        image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
+    image.quantize(192, dither=Image.Dither.NONE).save(target, optimize=True)
+    print(f"Wrote {target.relative_to(ROOT)}, {target.stat().st_size // 1024} kB", flush=True)
+
+
+def workflows(editor: Editor) -> None:
+    """Every workflow as it opens, and its thumbnail."""
+    for path in sorted((ROOT / "workflows").glob("*.json")):
+        editor.load(workflow(path.stem), path.stem)
+        editor.close_dialogs()
+        take(editor, DOCS / f"{path.stem}.png")
+        thumbnail(DOCS / f"{path.stem}.png", path.with_suffix(".jpg"))
+
+
+def nodes(editor: Editor) -> None:
+    """Each node by itself, for its help page."""
+    kinds = editor.page.evaluate("() => Object.keys(LiteGraph.registered_node_types).filter(k => k.startsWith('MoMA'))")
+    for kind in sorted(kinds):
+        editor.page.evaluate(
+            """kind => {
+                app.graph.clear()
+                const node = LiteGraph.createNode(kind)
+                node.pos = [100, 100]
+                app.graph.add(node)
+                node.setSize([Math.max(node.computeSize()[0], 340), node.computeSize()[1]])
+            }""",
+            kind,
+        )
+        editor.page.wait_for_timeout(300)
+        take(editor, HELP / f"{kind}.png", (kind,), width=600)
+
+
+def blueprint(editor: Editor) -> None:
+    """The blueprint's node."""
+    (path,) = (ROOT / "subgraphs").glob("*.json")
+    editor.load(json.loads(path.read_text(encoding="utf-8")), path.stem)
+    editor.close_dialogs()
+    take(editor, DOCS / "blueprint.png")
+
+
+def help_page(editor: Editor) -> None:
+    """A node's help page beside its node."""
+    editor.load(workflow("new_context"), "new_context")
+    editor.close_dialogs()
+    editor.show(("MoMASelfAttnShortcut",))
+    editor.page.evaluate(
+        """() => {
+            const node = app.graph.nodes.find(n => n.type === 'MoMASelfAttnShortcut')
+            app.canvas.selectNode(node)
+        }"""
+    )
+    editor.page.wait_for_timeout(800)
+    editor.page.locator('[data-testid="info-button"], .pi-info-circle, .icon-\\\\[lucide--info\\\\]').first.click()
+    editor.page.wait_for_timeout(2500)
+    target = DOCS / "help_page.png"
+    editor.page.screenshot(path=target, animations="disabled")
+    _shrink(target, 1500)
+
+
+def previews(editor: Editor) -> None:
+    """What the nodes show after a run."""
+    editor.load(made_small(workflow("new_context"), steps=8), "new_context_small")
+    editor.close_dialogs()
+    editor.queue(RUN)
+    take(editor, DOCS / "preview_extract.png", ("MoMAExtractSubject",), width=900)
+    take(editor, DOCS / "preview_tokens.png", ("MoMATextEncode",), width=900)
+    take(editor, DOCS / "preview_mask.png", ("MoMASubjectMask",), width=900)
+    take(editor, DOCS / "previews.png")
+
+
+def study(editor: Editor) -> None:
+    """The strength study after a run."""
+    editor.load(made_small(workflow("strength_study"), steps=2), "strength_study_small")
+    editor.close_dialogs()
+    editor.queue(RUN)
+    take(editor, DOCS / "strength_study_result.png")
+
+
+PARTS = {
+    "workflows": workflows,
+    "nodes": nodes,
+    "blueprint": blueprint,
+    "help": help_page,
+    "previews": previews,
+    "study": study,
+}
+
+
+def main() -> None:
+    """Take all pictures, or the parts that the command line names."""
+    import sys
+
+    comfyui = comfyui_inside(__file__)
+    from bootstrap import bootstrap
+
+    bootstrap()
+    from comfy_server import ComfyServer
+    from random_weights import adapter_file, llava_folder, sd15_checkpoint
+
+    chosen = sys.argv[1:] or list(PARTS)
+    with tempfile.TemporaryDirectory(prefix="moma-screenshots-") as folder:
+        mllm = llava_folder(Path(folder) / "MoMA_llava_7b")
+        adapter_file(mllm)
+        models = {
+            "checkpoints/v1-5-pruned-emaonly-fp16.safetensors": sd15_checkpoint(cache_dir()),
+            "moma/MoMA_llava_7b": mllm,
+        }
+        with ComfyServer(comfyui, Path(folder) / "server", models) as server:
+            shutil.copyfile(PHOTO, server.input / "example.png")
+            server.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en"})
+            with open_editor(server.address) as editor:
+                for name in chosen:
+                    PARTS[name](editor)
+
+
+if __name__ == "__main__":
+    main()
