@@ -9,7 +9,7 @@ from typing import Any
 
 from playwright.sync_api import Page, sync_playwright
 
-WINDOW = {"width": 1600, "height": 900}
+WINDOW = {"width": 2400, "height": 1500}
 ARGUMENTS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -19,6 +19,16 @@ ARGUMENTS = (
     "--disable-component-update",
     "--disable-sync",
 )
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Locale": "en",
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Graph.CanvasInfo": False,
+    "Comfy.Graph.CanvasMenu": False,
+    "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0.1,
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,
+}
+"""Of a user who has seen the tutorial, and wants to read everything from afar."""
 MARGIN = 30
 WAIT = 60_000
 
@@ -82,7 +92,8 @@ class Editor:
             const boxes = window.app.graph.nodes.map(n => [n.title, n.getBounding()])
             const found = []
             boxes.forEach(([a, p], i) => boxes.slice(i + 1).forEach(([b, q]) => {
-                if (p[0] < q[0] + q[2] && q[0] < p[0] + p[2] && p[1] < q[1] + q[3] && q[1] < p[1] + p[3]) found.push([a, b])
+                const across = p[0] < q[0] + q[2] && q[0] < p[0] + p[2]
+                if (across && p[1] < q[1] + q[3] && q[1] < p[1] + p[3]) found.push([a, b])
             }))
             return found
         }"""
@@ -112,8 +123,12 @@ class Editor:
             const left = Math.min(...boxes.map(b => b[0])), top = Math.min(...boxes.map(b => b[1]))
             const right = Math.max(...boxes.map(b => b[0] + b[2])), bottom = Math.max(...boxes.map(b => b[1] + b[3]))
             const area = document.querySelector('#graph-canvas').getBoundingClientRect()
-            const free = [70, 50, area.width - 70, area.height - 110]
-            const scale = Math.min(1.4, (free[2] - 2 * margin) / (right - left), (free[3] - 2 * margin) / (bottom - top))
+            const free = [80, 120, area.width - 40, area.height - 60]
+            const scale = Math.min(
+                1.4,
+                (free[2] - free[0] - 2 * margin) / (right - left),
+                (free[3] - free[1] - 2 * margin) / (bottom - top)
+            )
             canvas.ds.scale = scale
             canvas.ds.offset = [(free[0] + margin) / scale - left, (free[1] + margin) / scale - top]
             canvas.deselectAll?.()

@@ -57,7 +57,7 @@ class Node:
     values: Json
     title: str | None = None
     models: Sequence[Model] = ()
-    height: int | None = None
+    tall: int | None = None
 
     def out(self, name: str) -> Output:
         """The output of this name."""
@@ -73,9 +73,9 @@ class Graph:
     nodes: list[Node] = field(default_factory=list)
 
     def add(self, kind: str, column: int, *, id: int | None = None, **values: Any) -> Node:
-        """Add a node. `title`, `models` and `height` among the values are the node's own, the rest its inputs."""
+        """Add a node. `title`, `models` and `tall` among the values are the node's own, the rest its inputs."""
         number = id if id is not None else max((node.id for node in self.nodes), default=0) + 1
-        own = {key: values.pop(key) for key in ("title", "models", "height") if key in values}
+        own = {key: values.pop(key) for key in ("title", "models", "tall") if key in values}
         node = Node(number, kind, column, values, **own)
         self.nodes.append(node)
         return node
@@ -83,7 +83,7 @@ class Graph:
     def note(self, column: int, height: int) -> Node:
         """Add the note for the reader, from `notes/`."""
         text = (NOTES / f"{self.name}.md").read_text(encoding="utf-8").strip()
-        return self.add(NOTE, column, title="How to", height=height, text=text)
+        return self.add(NOTE, column, title="How to", tall=height, text=text)
 
     def api(self, info: Json, prefix: str = "") -> Json:
         """The prompt as `POST /prompt` takes it; `prefix` comes before every id."""
@@ -311,7 +311,7 @@ def _positions(graph: Graph, specs: Mapping[int, NodeSpec]) -> dict[int, tuple[i
         left.append(left[-1] + width + 2 * GAP)
     places = {}
     for node in graph.nodes:
-        height = node.height or specs[node.id].height()
+        height = node.tall or specs[node.id].height()
         places[node.id] = (left[node.column], below[node.column], height)
         below[node.column] += height + TITLE + GAP
     return places

@@ -10,7 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from browser import Editor, open_editor
+import numpy as np
+from browser import SETTINGS, WINDOW, Editor, open_editor
 from comfyui_source import ROOT, cache_dir
 from inside import comfyui_inside
 from PIL import Image
@@ -19,6 +20,12 @@ DOCS, HELP = ROOT / "docs" / "images", ROOT / "web" / "docs" / "images"
 PHOTO = ROOT / "tests" / "data" / "subject" / "photo_masked.png"
 THUMBNAIL = (768, 512)
 RUN = 600_000
+LISTED = (
+    "controlnet/control_v11p_sd15_openpose_fp16.safetensors",
+    "background_removal/birefnet.safetensors",
+    "loras/style.safetensors",
+)
+"""Files that workflows name and no picture needs the content of: with them, nothing is shown as missing."""
 SMALL = {"EmptyLatentImage": (192, 192, 1)}
 
 
@@ -52,8 +59,8 @@ def thumbnail(picture: Path, target: Path) -> None:
     print(f"Wrote {target.relative_to(ROOT)}", flush=True)
 
 
-def take(editor: Editor, target: Path, kinds: tuple[str, ...] = (), width: int = 1500) -> None:
-    """A picture of nodes, in few colours: the editor's are plain, and so is a small file."""
+def take(editor: Editor, target: Path, kinds: tuple[str, ...] = (), width: int = 1400) -> None:
+    """A picture of nodes, at most `width` wide."""
     target.parent.mkdir(parents=True, exist_ok=True)
     editor.picture(target, kinds)
     _shrink(target, width)
@@ -63,7 +70,7 @@ def _shrink(target: Path, width: int) -> None:
     image = Image.open(io.BytesIO(target.read_bytes())).convert("RGB")
     if image.width > width:
         image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
-    image.quantize(192, dither=Image.Dither.NONE).save(target, optimize=True)
+    image.save(target, optimize=True)
     print(f"Wrote {target.relative_to(ROOT)}, {target.stat().st_size // 1024} kB", flush=True)
 
 
@@ -104,6 +111,7 @@ def blueprint(editor: Editor) -> None:
 
 def help_page(editor: Editor) -> None:
     """A node's help page beside its node."""
+    editor.page.set_viewport_size({"width": 1300, "height": 760})
     editor.load(workflow("new_context"), "new_context")
     editor.close_dialogs()
     editor.show(("MoMASelfAttnShortcut",))
@@ -118,7 +126,8 @@ def help_page(editor: Editor) -> None:
     editor.page.wait_for_timeout(2500)
     target = DOCS / "help_page.png"
     editor.page.screenshot(path=target, animations="disabled")
-    _shrink(target, 1500)
+    _shrink(target, 1300)
+    editor.page.set_viewport_size(WINDOW)
 
 
 def previews(editor: Editor) -> None:
@@ -150,6 +159,19 @@ PARTS = {
 }
 
 
+def save_cup(folder: Path) -> None:
+    """A saved subject, for the loader to show."""
+    import torch
+    from comfyui_moma.moma_modules.subject import Subject, save_subject
+
+    photo = Image.open(PHOTO).resize((512, 512))
+    pixels = torch.from_numpy(np.array(photo.convert("RGB")))
+    mask = torch.from_numpy(np.array(photo.getchannel("A")) == 0)
+    folder.mkdir(parents=True, exist_ok=True)
+    subject = Subject(torch.zeros(1, 1024), "cup", "A cup on a beach at sunset.", pixels, mask, "0" * 64)
+    save_subject(subject, folder / "cup_00001_.safetensors")
+
+
 def main() -> None:
     """Take all pictures, or the parts that the command line names."""
     import sys
@@ -171,7 +193,11 @@ def main() -> None:
         }
         with ComfyServer(comfyui, Path(folder) / "server", models) as server:
             shutil.copyfile(PHOTO, server.input / "example.png")
-            server.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en"})
+            for name in LISTED:
+                (server.base / "models" / name).parent.mkdir(exist_ok=True)
+                (server.base / "models" / name).touch()
+            save_cup(server.output / "moma_subjects")
+            server.post("/settings", SETTINGS)
             with open_editor(server.address) as editor:
                 for name in chosen:
                     PARTS[name](editor)

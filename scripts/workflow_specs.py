@@ -92,7 +92,7 @@ def auto_mask() -> Graph:
 
 def two_subjects() -> Graph:
     """Two subjects, each in its half of the picture."""
-    graph = Graph("two_subjects", (340, 380, 340, 380, 300, 340))
+    graph = Graph("two_subjects", (340, 380, 300, 340, 380, 300, 340))
     base = _loaders(graph, mllm=True)
     width, height = 768, 512
     subjects = []
@@ -120,25 +120,25 @@ def two_subjects() -> Graph:
         )
     for (word, subject), mask in zip(subjects, masks, strict=True):
         base.subject = subject
-        encoded = graph.add("MoMATextEncode", 2, clip=base.clip, subject=subject, title=f"Prompt: {word}")
+        encoded = graph.add("MoMATextEncode", 3, clip=base.clip, subject=subject, title=f"Prompt: {word}")
         limited = graph.add(
             "ConditioningSetMask",
-            2,
+            3,
             conditioning=encoded.out("positive"),
             mask=mask.out("MASK"),
             title=f"Prompt of the {word}, in its region",
         )
-        _patch(base, column=3, region_mask=mask.out("MASK"))
+        _patch(base, column=4, region_mask=mask.out("MASK"))
         if combined is None:
             combined = limited.out("CONDITIONING")
         else:
             both = graph.add(
-                "ConditioningCombine", 4, conditioning_1=combined, conditioning_2=limited.out("CONDITIONING")
+                "ConditioningCombine", 5, conditioning_1=combined, conditioning_2=limited.out("CONDITIONING")
             )
             combined = both.out("CONDITIONING")
     assert combined is not None
-    negative = _negative(base, 4)
-    _sample(base, (combined, negative), "two_subjects", size=(width, height), columns=(4, 5))
+    negative = _negative(base, 5)
+    _sample(base, (combined, negative), "two_subjects", size=(width, height), columns=(5, 6))
     return graph
 
 
@@ -216,23 +216,23 @@ def hires_fix() -> Graph:
 
 def prompts() -> Graph:
     """Several prompts for one subject in one run."""
-    graph = Graph("prompts", (340, 380, 300, 320, 340))
+    graph = Graph("prompts", (340, 380, 380, 300, 240, 340))
     base = _loaders(graph)
     loaded = graph.add("MoMALoadSubject", 0, subject_name="cup_00001_.safetensors")
     base.subject = loaded.out("subject")
     graph.note(0, height=330)
     _patch(base, column=1)
     negative = _negative(base, 1)
-    canvas = _canvas(base, 2)
+    canvas = _canvas(base, 1)
     for number, text in enumerate(
         ("A cup on a beach at sunset.", "A cup in the snow.", "A cup on a desk in a library."), 1
     ):
         encoded = graph.add(
-            "MoMATextEncode", 1, clip=base.clip, subject=base.subject, prompt=text, title=f"Prompt {number}"
+            "MoMATextEncode", 2, clip=base.clip, subject=base.subject, prompt=text, title=f"Prompt {number}"
         )
-        sampler = _sampler(base, (encoded.out("positive"), negative), 2, canvas, title=f"Picture {number}")
-        decoded = graph.add("VAEDecode", 3, samples=sampler.out("LATENT"), vae=base.vae)
-        graph.add("SaveImage", 4, images=decoded.out("IMAGE"), filename_prefix=f"MoMA/prompt_{number}")
+        sampler = _sampler(base, (encoded.out("positive"), negative), 3, canvas, title=f"Picture {number}")
+        decoded = graph.add("VAEDecode", 4, samples=sampler.out("LATENT"), vae=base.vae)
+        graph.add("SaveImage", 5, images=decoded.out("IMAGE"), filename_prefix=f"MoMA/prompt_{number}")
     return graph
 
 
@@ -263,7 +263,7 @@ def strength_study() -> Graph:
         scheduler="ddim_uniform",
         control_after_generate="fixed",
     )
-    graph.add("SaveImage", 3, images=study.out("sheet"), filename_prefix="MoMA/strength_study", height=420)
+    graph.add("SaveImage", 3, images=study.out("sheet"), filename_prefix="MoMA/strength_study", tall=420)
     graph.note(3, height=190)
     return graph
 
@@ -422,7 +422,7 @@ def _decode(base: Base, sampler: Node, name: str, column: int, last: int) -> Non
     decoded = base.graph.add("VAEDecode", column, samples=sampler.out("LATENT"), vae=base.vae)
     # The picture stands above the mask, but has the higher id: ids of published workflows stay.
     base.graph.add(
-        "SaveImage", last, id=decoded.id + 2, images=decoded.out("IMAGE"), filename_prefix=f"MoMA/{name}", height=440
+        "SaveImage", last, id=decoded.id + 2, images=decoded.out("IMAGE"), filename_prefix=f"MoMA/{name}", tall=440
     )
     base.graph.add("MoMASubjectMask", last, id=decoded.id + 1, model=base.model, latent=sampler.out("LATENT"))
 
