@@ -1,5 +1,6 @@
 """Pictures that explain: what the MLLM saw, how a mask came to be, a sheet of labelled pictures."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -44,16 +45,22 @@ def coverage(mask: Tensor) -> str:
 
 
 def film_strip(frames: Sequence[tuple[str, Tensor]]) -> Tensor:
-    """Masks one after another, with their names above.
+    """Masks one after another, each with its name above.
 
     Args:
-        frames: Name and masks [B, h, w] in 0..1; every picture of the batch gets a row.
+        frames: Name and masks [B, h, w] in 0..1. One picture's frames fill a square; in a batch each picture has a row.
 
     Returns:
         [1, H, W, 3] in 0..1.
     """
-    rows = [[_thumbnail(masks[i]) for _, masks in frames] for i in range(frames[0][1].shape[0])]
-    return contact_sheet(rows, [name for name, _ in frames], [""] * len(rows))
+    batch = frames[0][1].shape[0]
+    tiles = [_captioned(_thumbnail(masks[i]), name) for i in range(batch) for name, masks in frames]
+    across = math.ceil(math.sqrt(len(frames))) if batch == 1 else len(frames)
+    width, height = tiles[0].size
+    strip = Image.new("RGB", (across * (width + GAP), math.ceil(len(tiles) / across) * (height + GAP)), PAPER)
+    for i, tile in enumerate(tiles):
+        strip.paste(tile, (i % across * (width + GAP), i // across * (height + GAP)))
+    return _tensor(np.asarray(strip))
 
 
 def contact_sheet(rows: Sequence[Sequence[Image.Image]], columns: Sequence[str], names: Sequence[str]) -> Tensor:
@@ -91,6 +98,14 @@ def _thumbnail(mask: Tensor) -> Image.Image:
     large = picture(mask)
     width = max(1, round(THUMBNAIL * large.width / large.height))
     return large.resize((width, THUMBNAIL), Image.Resampling.NEAREST)
+
+
+def _captioned(below: Image.Image, text: str) -> Image.Image:
+    tile = Image.new("RGB", (below.width, below.height + LABEL), PAPER)
+    draw = ImageDraw.Draw(tile)
+    draw.text((below.width // 2, LABEL // 2), text, INK, ImageFont.load_default(size=LABEL * 0.6), anchor="mm")
+    tile.paste(below, (0, LABEL))
+    return tile
 
 
 def _edge(inside: np.ndarray) -> np.ndarray:

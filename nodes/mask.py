@@ -26,7 +26,7 @@ class SubjectMask(io.ComfyNode):
             category=CATEGORY,
             search_aliases=SEARCH_ALIASES,
             description="Shows where the model put the subject: the mask that MoMA found while the sampler ran, and "
-            "below it how that mask came to be.",
+            "how that mask came to be.",
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL that the sampler got."),
                 io.Latent.Input("latent", tooltip="The LATENT that the sampler gave."),
@@ -39,8 +39,8 @@ class SubjectMask(io.ComfyNode):
                 io.Image.Output(
                     "evolution",
                     display_name="evolution",
-                    tooltip="A strip of the mask over the run, with the number of the model evaluation above; one row "
-                    "per picture.",
+                    tooltip="The mask over the run, with the number of the model evaluation above each; of a batch "
+                    "one row per picture.",
                 ),
             ],
             is_output_node=True,

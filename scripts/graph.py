@@ -16,7 +16,9 @@ NOTES = Path(__file__).parent / "notes"
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 NOTE = "MarkdownNote"
 GAP, TITLE, TOP = 30, 30, 60
-ROW, TEXT, PICTURE, PADDING = 24, 110, 220, 16
+ROW, TEXT, PICTURE, SHOWN_TEXT, PADDING = 24, 110, 220, 50, 16
+SHOW_PICTURES = {"SaveImage", "LoadImage", "MoMASubjectMask", "MoMAExtractSubject", "MoMAContactSheet"}
+SHOW_TEXT = {"MoMATextEncode", "MoMAExtractSubject"}
 OPTIONAL_SHAPE = 7
 """How the editor marks a socket that may stay unconnected."""
 
@@ -167,6 +169,7 @@ class NodeSpec:
     widgets: list[Widget]
     outputs: list[tuple[str, str]]
     shows_pictures: bool
+    shows_text: bool
     module: str
 
     @classmethod
@@ -177,7 +180,7 @@ class NodeSpec:
             KeyError: The server does not know it.
         """
         if kind == NOTE:
-            return cls("Markdown Note", ["text"], [], [Widget("text", "STRING", "", (), 0)], [], False, "")
+            return cls("Markdown Note", ["text"], [], [Widget("text", "STRING", "", (), 0)], [], False, False, "")
         node = info[kind]
         order, sockets, widgets = [], [], []
         for group in ("required", "optional"):
@@ -190,15 +193,10 @@ class NodeSpec:
                 else:
                     sockets.append((name, type_, group == "optional"))
         outputs = list(zip(node["output_name"], node["output"], strict=True))
-        pictures = kind in (
-            "SaveImage",
-            "LoadImage",
-            "PreviewImage",
-            "MoMASubjectMask",
-            "MoMAExtractSubject",
-            "MoMAContactSheet",
+        pictures = kind in SHOW_PICTURES
+        return cls(
+            node["display_name"], order, sockets, widgets, outputs, pictures, kind in SHOW_TEXT, node["python_module"]
         )
-        return cls(node["display_name"], order, sockets, widgets, outputs, pictures, node["python_module"])
 
     def output_slot(self, name: str) -> int:
         """The number of the output of this name."""
@@ -207,7 +205,8 @@ class NodeSpec:
     def height(self) -> int:
         """A height in which the editor has room for everything."""
         rows = max(len(self.sockets), len(self.outputs))
-        return rows * 20 + sum(w.height for w in self.widgets) + (PICTURE if self.shows_pictures else 0) + PADDING
+        shown = (PICTURE if self.shows_pictures else 0) + (SHOWN_TEXT if self.shows_text else 0)
+        return rows * 20 + sum(w.height for w in self.widgets) + shown + PADDING
 
 
 def _widget(name: str, type_: str, options_or_type: Any, options: Json) -> Widget:

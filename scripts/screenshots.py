@@ -44,8 +44,6 @@ def made_small(content: dict[str, Any], steps: int) -> dict[str, Any]:
         elif node["type"] == "MoMAStrengthStudy":
             node["widgets_values"][0] = "0.0, 0.6, 1.2"
             node["widgets_values"][4] = steps
-        elif node["type"] == "MoMAApplyAdapter":
-            node["widgets_values"][3] = True
     return content
 
 
@@ -138,7 +136,18 @@ def previews(editor: Editor) -> None:
     take(editor, DOCS / "preview_extract.png", ("MoMAExtractSubject",), width=900)
     take(editor, DOCS / "preview_tokens.png", ("MoMATextEncode",), width=900)
     take(editor, DOCS / "preview_mask.png", ("MoMASubjectMask",), width=900)
-    take(editor, DOCS / "previews.png")
+    take(editor, DOCS / "previews.png", width=1300)
+    editor.page.evaluate(
+        """() => {
+            for (const node of app.graph.nodes) {
+                const sampler = node.type === 'KSampler'
+                const widget = (node.widgets ?? []).find(w => w.name === (sampler ? 'seed' : 'show_mask'))
+                if (widget) widget.value = sampler ? 2 : true
+            }
+        }"""
+    )
+    editor.queue(RUN)
+    take(editor, DOCS / "preview_live.png", ("MoMAApplyAdapter",), width=900)
 
 
 def study(editor: Editor) -> None:
@@ -153,9 +162,9 @@ PARTS = {
     "workflows": workflows,
     "nodes": nodes,
     "blueprint": blueprint,
-    "help": help_page,
     "previews": previews,
     "study": study,
+    "help": help_page,
 }
 
 

@@ -412,7 +412,8 @@ def _canvas(base: Base, column: int, size: tuple[int, int] = (512, 512)) -> Outp
 
 def _sampler(base: Base, encoded: tuple[Output, Output], column: int, latent: Output, **values: Any) -> Node:
     positive, negative = encoded
-    settings = {**SAMPLING, "control_after_generate": "randomize", **values}
+    # Room for the line of text that the node shows while it runs.
+    settings = {**SAMPLING, "control_after_generate": "randomize", "tall": 330, **values}
     return base.graph.add(
         "KSampler", column, model=base.model, positive=positive, negative=negative, latent_image=latent, **settings
     )

@@ -1,6 +1,7 @@
 """Encoding text with a CLIP, and knowing where in it the subject is."""
 
 import logging
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +84,7 @@ def _marked(clip: Any, chunks: list, positions: tuple[int, ...]) -> str:
             if not piece.startswith("<|"):
                 parts.append(word + (" " if piece.endswith(WORD_END) else ""))
         offset += len(chunk)
-    return "".join(parts).strip()
+    return re.sub(r" (?=[.,;:!?](?: |$))", "", "".join(parts).strip())
 
 
 def _token_text(clip: Any, entry: tuple) -> str:
