@@ -1,12 +1,11 @@
 """ComfyUI's editor in a headless Chromium: what a person would click, and what they would see."""
 
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from chromium import chromium_path
 from playwright.sync_api import Page, sync_playwright
 
 WINDOW = {"width": 2400, "height": 1500}
@@ -31,12 +30,6 @@ SETTINGS = {
 """Of a user who has seen the tutorial, and wants to read everything from afar."""
 MARGIN = 30
 WAIT = 60_000
-
-
-def chromium() -> str | None:
-    """The browser's path: `CHROMIUM`, or the one that is installed."""
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
 
 
 class Editor:
@@ -141,6 +134,16 @@ class Editor:
         self.page.wait_for_timeout(700)
         return clip
 
+    def open_help(self, kind: str) -> None:
+        """Open the help page of the first node of a type, as its toolbox button does."""
+        self.show((kind,))
+        self.page.evaluate(
+            "kind => app.canvas.selectNode(app.graph.nodes.find(node => node.type === kind))",
+            kind,
+        )
+        self.page.wait_for_timeout(800)
+        self.page.locator('[data-testid="info-button"], .pi-info-circle, .icon-\\[lucide--info\\]').first.click()
+
     def picture(self, path: Path, kinds: Sequence[str] = ()) -> None:
         """A picture of the nodes of these types, or of all."""
         clip = self.show(kinds)
@@ -159,7 +162,7 @@ def open_editor(address: str, locale: str = "en-US") -> Iterator[Editor]:
     Raises:
         FileNotFoundError: There is no Chromium.
     """
-    path = chromium()
+    path = chromium_path()
     if path is None:
         raise FileNotFoundError("No Chromium: install it (on Debian `apt-get install chromium`) or set CHROMIUM.")
     with sync_playwright() as playwright:

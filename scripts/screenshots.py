@@ -112,15 +112,7 @@ def help_page(editor: Editor) -> None:
     editor.page.set_viewport_size({"width": 1300, "height": 760})
     editor.load(workflow("new_context"), "new_context")
     editor.close_dialogs()
-    editor.show(("MoMASelfAttnShortcut",))
-    editor.page.evaluate(
-        """() => {
-            const node = app.graph.nodes.find(n => n.type === 'MoMASelfAttnShortcut')
-            app.canvas.selectNode(node)
-        }"""
-    )
-    editor.page.wait_for_timeout(800)
-    editor.page.locator('[data-testid="info-button"], .pi-info-circle, .icon-\\\\[lucide--info\\\\]').first.click()
+    editor.open_help("MoMASelfAttnShortcut")
     editor.page.wait_for_timeout(2500)
     target = DOCS / "help_page.png"
     editor.page.screenshot(path=target, animations="disabled")

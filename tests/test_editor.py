@@ -1,0 +1,129 @@
+"""The editor in a headless Chromium: workflows, blueprint, help pages, languages and errors as a person meets them."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from bootstrap import ROOT, comfyui_path
+from browser import SETTINGS, Editor, open_editor
+from comfy_server import ComfyServer, PromptRefusedError
+from comfyui_source import cache_dir
+from random_weights import adapter_file, llava_folder, sd15_checkpoint
+from workflow_files import API, BIREFNET, CONTROLNET, LORA, NAMES, api, workflow
+
+pytestmark = [pytest.mark.server, pytest.mark.browser, pytest.mark.slow]
+SUBJECT = "cup_00001_.safetensors"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A server where every file that a workflow names is listed; only the MoMA weights have content."""
+    folder = tmp_path_factory.mktemp("models")
+    adapter_file(llava_folder(folder / "MoMA_llava_7b"))
+    models = {
+        "checkpoints/v1-5-pruned-emaonly-fp16.safetensors": sd15_checkpoint(cache_dir()),
+        "moma/MoMA_llava_7b": folder / "MoMA_llava_7b",
+    }
+    with ComfyServer(comfyui_path(), tmp_path_factory.mktemp("server"), models) as started:
+        for name in (CONTROLNET, BIREFNET, LORA):
+            (started.base / "models" / name).parent.mkdir(exist_ok=True)
+            (started.base / "models" / name).touch()
+        (started.output / "moma_subjects").mkdir()
+        (started.output / "moma_subjects" / SUBJECT).touch()
+        started.add_input(ROOT / "tests" / "data" / "subject" / "photo_masked.png")
+        (started.input / "photo_masked.png").rename(started.input / "example.png")
+        started.post("/settings", SETTINGS)
+        yield started
+
+
+@pytest.fixture(scope="module")
+def editor(server: ComfyServer) -> Iterator[Editor]:
+    with open_editor(server.address) as opened:
+        yield opened
+
+
+def content(prompt: dict[str, Any]) -> dict[str, Any]:
+    """What of a prompt is run."""
+    return {name: (node["class_type"], node["inputs"]) for name, node in prompt.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workflow_opens_as_it_was_meant(editor: Editor, name: str) -> None:
+    editor.errors.clear()
+    editor.load(workflow(name), name)
+    assert editor.unknown_nodes() == []
+    assert editor.overlaps() == []
+    prompt = editor.prompt()
+    assert content(prompt) == content(api(name))
+    assert {n: node["_meta"]["title"] for n, node in prompt.items()} == {
+        n: node["_meta"]["title"] for n, node in api(name).items()
+    }
+    assert editor.errors == []
+
+
+def test_the_blueprint_is_offered_and_opens(server: ComfyServer, editor: Editor) -> None:
+    (entry,) = [e for e in json.loads(server.get("/global_subgraphs")).values() if "MoMA" in e["info"]["node_pack"]]
+    assert entry["name"] == "MoMA personalize"
+    editor.errors.clear()
+    editor.page.evaluate(
+        """() => {
+            app.graph.clear()
+            app.graph.add(LiteGraph.createNode('SubgraphBlueprint.MoMA personalize'))
+        }"""
+    )
+    prompt = editor.prompt()
+    committed = json.loads((API / "blueprint" / "personalize.json").read_text())
+    assert {n.partition(":")[2]: c for n, c in content(prompt).items()}.keys() == {n[2:] for n in committed}
+    inside = {n.partition(":")[2]: node["class_type"] for n, node in prompt.items()}
+    assert inside == {n[2:]: node["class_type"] for n, node in committed.items()}
+    node_inputs = editor.page.evaluate("() => app.graph.nodes[0].inputs.map(i => i.name)")
+    assert {"image", "mask", "subject", "prompt", "strength", "seed"} <= set(node_inputs)
+    assert editor.errors == []
+
+
+def test_a_help_page_opens_with_its_picture(editor: Editor) -> None:
+    editor.load(workflow("new_context"), "help")
+    editor.open_help("MoMASelfAttnShortcut")
+    picture = editor.page.locator("img[src*='MoMASelfAttnShortcut.png']")
+    picture.first.wait_for(timeout=20_000)
+    assert picture.first.evaluate("image => image.decode().then(() => image.naturalWidth)") > 200
+
+
+@pytest.mark.parametrize(
+    ("locale", "title"), [("zh", "提取主体特征"), ("ja", "被写体の特徴を抽出"), ("ko", "피사체 특징 추출")]
+)
+def test_the_editor_speaks_the_users_language(server: ComfyServer, locale: str, title: str) -> None:
+    server.post("/settings", {**SETTINGS, "Comfy.Locale": locale})
+    try:
+        with open_editor(server.address) as editor:
+            names = editor.page.evaluate(
+                """() => {
+                    const node = LiteGraph.createNode('MoMAExtractSubject')
+                    return [node.title, ...node.inputs.map(i => i.localized_name ?? i.name)]
+                }"""
+            )
+            texts = json.loads((ROOT / "locales" / locale / "nodeDefs.json").read_text(encoding="utf-8"))
+            assert names[0] == title
+            assert {text["name"] for text in texts["MoMAExtractSubject"]["inputs"].values()} <= set(names)
+    finally:
+        server.post("/settings", SETTINGS)
+
+
+def test_an_error_says_the_same_in_the_editor_and_to_an_api_client(server: ComfyServer, editor: Editor) -> None:
+    """A name that no file has: refused before anything runs."""
+    bad = workflow("new_context")
+    (node,) = [node for node in bad["nodes"] if node["type"] == "MoMALoadAdapter"]
+    node["widgets_values"] = ["gone.th"]
+    editor.load(bad, "bad")
+    editor.page.evaluate("() => app.queuePrompt(0)")
+    editor.page.wait_for_function("() => Object.keys(app.lastNodeErrors ?? {}).length", timeout=20_000)
+    shown = editor.page.evaluate("() => app.lastNodeErrors")
+    prompt = api("new_context")
+    prompt[str(node["id"])]["inputs"]["adapter_name"] = "gone.th"
+    with pytest.raises(PromptRefusedError) as refusal:
+        server.queue(prompt)
+    told = refusal.value.node_errors[str(node["id"])]["errors"]
+    assert [error["details"] for error in shown[str(node["id"])]["errors"]] == [error["details"] for error in told]
+    assert "adapter_name: there is no adapter 'gone.th'. Searched:" in told[0]["details"]
+    editor.close_dialogs()
