@@ -59,6 +59,18 @@ class Editor:
         )
         self.page.wait_for_timeout(1000)
 
+    def add_by_search(self, text: str) -> None:
+        """Empty the graph and add the node that the search finds first, as a double-click on the canvas does."""
+        self.page.evaluate("() => window.app.graph.clear()")
+        self.page.wait_for_timeout(500)
+        self.page.mouse.dblclick(WINDOW["width"] // 2, WINDOW["height"] // 2)
+        self.page.wait_for_timeout(1000)
+        self.page.keyboard.type(text)
+        self.page.wait_for_timeout(2000)
+        self.page.keyboard.press("Enter")
+        self.page.mouse.click(WINDOW["width"] // 3, WINDOW["height"] // 3)
+        self.page.wait_for_function("() => window.app.graph.nodes.length", timeout=WAIT)
+
     def close_dialogs(self) -> None:
         """Close whatever lies over the graph."""
         for _ in range(3):
