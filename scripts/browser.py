@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from chromium import chromium_path
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 WINDOW = {"width": 2400, "height": 1500}
 ARGUMENTS = (
@@ -154,7 +154,7 @@ class Editor:
             kind,
         )
         self.page.wait_for_timeout(800)
-        self.page.locator('[data-testid="info-button"], .pi-info-circle, .icon-\\[lucide--info\\]').first.click()
+        self.page.get_by_test_id("info-button").click()
 
     def picture(self, path: Path, kinds: Sequence[str] = ()) -> None:
         """A picture of the nodes of these types, or of all."""
@@ -168,11 +168,11 @@ class Editor:
 
 
 @contextmanager
-def open_editor(address: str, locale: str = "en-US") -> Iterator[Editor]:
-    """The editor of the server at `address`, in a new browser.
+def open_browser() -> Iterator[Browser]:
+    """A Chromium; one at a time.
 
     Raises:
-        FileNotFoundError: There is no Chromium.
+        FileNotFoundError: There is none.
     """
     path = chromium_path()
     if path is None:
@@ -180,6 +180,16 @@ def open_editor(address: str, locale: str = "en-US") -> Iterator[Editor]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
         try:
-            yield Editor(browser.new_page(viewport=WINDOW, locale=locale), address)
+            yield browser
         finally:
             browser.close()
+
+
+@contextmanager
+def open_editor(browser: Browser, address: str) -> Iterator[Editor]:
+    """The editor of the server at `address`, in a window of a new user."""
+    context = browser.new_context(viewport=WINDOW)
+    try:
+        yield Editor(context.new_page(), address)
+    finally:
+        context.close()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from browser import SETTINGS, WINDOW, Editor, open_editor
+from browser import SETTINGS, WINDOW, Editor, open_browser, open_editor
 from comfyui_source import ROOT, cache_dir
 from inside import comfyui_inside
 from PIL import Image
@@ -199,7 +199,7 @@ def main() -> None:
                 (server.base / "models" / name).touch()
             save_cup(server.output / "moma_subjects")
             server.post("/settings", SETTINGS)
-            with open_editor(server.address) as editor:
+            with open_browser() as browser, open_editor(browser, server.address) as editor:
                 for name in chosen:
                     PARTS[name](editor)
 

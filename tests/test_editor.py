@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from bootstrap import ROOT, comfyui_path
-from browser import SETTINGS, Editor, open_editor
+from browser import SETTINGS, Editor, open_browser, open_editor
 from comfy_server import ComfyServer, PromptRefusedError
 from comfyui_source import cache_dir
 from random_weights import adapter_file, llava_folder, sd15_checkpoint
@@ -38,8 +38,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
 
 
 @pytest.fixture(scope="module")
-def editor(server: ComfyServer) -> Iterator[Editor]:
-    with open_editor(server.address) as opened:
+def browser() -> Iterator[Any]:
+    with open_browser() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def editor(server: ComfyServer, browser: Any) -> Iterator[Editor]:
+    with open_editor(browser, server.address) as opened:
         yield opened
 
 
@@ -77,19 +83,20 @@ def test_the_blueprint_is_offered_and_opens(server: ComfyServer, editor: Editor)
     assert editor.errors == []
 
 
-def test_a_help_page_opens_with_its_picture(editor: Editor) -> None:
-    editor.load(workflow("new_context"), "help")
-    editor.open_help("MoMASelfAttnShortcut")
-    picture = editor.page.locator("img[src*='MoMASelfAttnShortcut.png']")
-    picture.first.wait_for(timeout=20_000)
-    assert picture.first.evaluate("image => image.decode().then(() => image.naturalWidth)") > 200
+def test_a_help_page_opens_with_its_picture(server: ComfyServer, browser: Any) -> None:
+    with open_editor(browser, server.address) as editor:
+        editor.load(workflow("new_context"), "help")
+        editor.open_help("MoMASelfAttnShortcut")
+        picture = editor.page.locator("img[src*='MoMASelfAttnShortcut.png']").first
+        picture.wait_for(timeout=20_000)
+        assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 200
 
 
 @pytest.mark.parametrize("locale", ["zh", "ja", "ko"])
-def test_the_editor_speaks_the_users_language(server: ComfyServer, locale: str) -> None:
+def test_the_editor_speaks_the_users_language(server: ComfyServer, browser: Any, locale: str) -> None:
     server.post("/settings", {**SETTINGS, "Comfy.Locale": locale})
     try:
-        with open_editor(server.address) as editor:
+        with open_editor(browser, server.address) as editor:
             names = editor.page.evaluate(
                 """() => {
                     const node = LiteGraph.createNode('MoMAExtractSubject')
@@ -122,11 +129,11 @@ def test_an_error_says_the_same_in_the_editor_and_to_an_api_client(server: Comfy
     editor.close_dialogs()
 
 
-def test_a_missing_file_is_offered_for_download(server: ComfyServer) -> None:
+def test_a_missing_file_is_offered_for_download(server: ComfyServer, browser: Any) -> None:
     """From the models' addresses in the workflow's nodes."""
     (server.base / "models" / BIREFNET).unlink()
     try:
-        with open_editor(server.address) as editor:
+        with open_editor(browser, server.address) as editor:
             editor.load(workflow("auto_mask"), "auto_mask")
             editor.page.get_by_text("View details").first.click()
             editor.page.get_by_text("Missing Models").first.wait_for(timeout=20_000)
