@@ -19,7 +19,7 @@ from PIL import Image
 DOCS, HELP = ROOT / "docs" / "images", ROOT / "web" / "docs" / "images"
 PHOTO = ROOT / "tests" / "data" / "subject" / "photo_masked.png"
 THUMBNAIL = (768, 512)
-RUN = 600_000
+RUN = 1_800_000
 LISTED = (
     "controlnet/control_v11p_sd15_openpose_fp16.safetensors",
     "background_removal/birefnet.safetensors",
@@ -42,7 +42,7 @@ def made_small(content: dict[str, Any], steps: int) -> dict[str, Any]:
         elif node["type"] == "KSampler":
             node["widgets_values"][1:3] = ["fixed", steps]
         elif node["type"] == "MoMAStrengthStudy":
-            node["widgets_values"][0] = "0.0, 0.6, 1.2"
+            node["widgets_values"][:2] = ["0.0, 0.6, 1.2", "1.0"]
             node["widgets_values"][4] = steps
     return content
 
@@ -128,7 +128,7 @@ def previews(editor: Editor) -> None:
     take(editor, DOCS / "preview_extract.png", ("MoMAExtractSubject",), width=900)
     take(editor, DOCS / "preview_tokens.png", ("MoMATextEncode",), width=900)
     take(editor, DOCS / "preview_mask.png", ("MoMASubjectMask",), width=900)
-    take(editor, DOCS / "previews.png", width=1300)
+    take(editor, DOCS / "previews.png", width=1200)
     editor.page.evaluate(
         """() => {
             for (const node of app.graph.nodes) {

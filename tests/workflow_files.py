@@ -56,8 +56,11 @@ def small(prompt: Prompt, size: int = 128, steps: int = 1) -> Prompt:
 
 
 def add_weights(server: ComfyServer, cache: Path, folder: Path) -> None:
-    """Put a random ControlNet, LoRA and BiRefNet into a server's models."""
-    for name, make in ((CONTROLNET, _controlnet), (LORA, _lora), (BIREFNET, _birefnet)):
+    """Put a random ControlNet, LoRA and, where the server can load it, BiRefNet into its models."""
+    makers = {CONTROLNET: _controlnet, LORA: _lora}
+    if NEWER_NODES["auto_mask"] in server.object_info():
+        makers[BIREFNET] = _birefnet
+    for name, make in makers.items():
         path = folder / Path(name).name
         make(path, cache)
         server.add_model(name, path)
