@@ -8,6 +8,7 @@ from .convert import ConvertMllm
 from .loaders import LoadAdapter, LoadMllm
 from .mask import SubjectMask
 from .patches import ApplyAdapter, SelfAttnShortcut
+from .study import ContactSheet, StrengthStudy
 from .subject import CombineSubjects, ExtractSubject, LoadSubject, SaveSubject
 
 NODES: list[type[io.ComfyNode]] = [
@@ -23,6 +24,8 @@ NODES: list[type[io.ComfyNode]] = [
     SubjectMask,
     SaveSubject,
     LoadSubject,
+    StrengthStudy,
+    ContactSheet,
 ]
 
 

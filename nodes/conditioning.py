@@ -4,7 +4,8 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..moma_modules.comfy_bridge.text import encode_prompt, mark_subject
+from ..moma_modules.comfy_bridge.editor import show_text
+from ..moma_modules.comfy_bridge.text import EncodedPrompt, encode_prompt, mark_subject
 from ..moma_modules.subject import Subject
 from ..moma_modules.subject_tokens import PROMPT_TEMPLATE
 from .types import CATEGORY, SEARCH_ALIASES, MomaSubject
@@ -20,8 +21,8 @@ class TextEncode(io.ComfyNode):
             display_name="MoMA Text Encode",
             category=CATEGORY,
             search_aliases=[*SEARCH_ALIASES, "prompt"],
-            description="Encodes 'photo of a {subject}. {prompt}' and remembers where the subject is in it. Use it for "
-            "the positive prompt; any text encoder will do for the negative one.",
+            description="Encodes 'photo of a {subject}. {prompt}', remembers where the subject is in it and shows it "
+            "in brackets. Use it for the positive prompt; any text encoder will do for the negative one.",
             inputs=[
                 io.Clip.Input("clip", tooltip="The CLIP of the SD1.5 checkpoint."),
                 MomaSubject.Input("subject", tooltip="From Extract Subject Features or Load MoMA Subject."),
@@ -49,8 +50,7 @@ class TextEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip: Any, subject: Subject, prompt: str, template: str) -> io.NodeOutput:
-        conditioning, text, warning = encode_prompt(clip, subject, prompt.strip() or subject.prompt, template)
-        return io.NodeOutput(conditioning, text, ui=ui.PreviewText(warning) if warning else None)
+        return _shown(encode_prompt(clip, subject, prompt.strip() or subject.prompt, template))
 
 
 class MarkSubject(io.ComfyNode):
@@ -86,5 +86,9 @@ class MarkSubject(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip: Any, subject: Subject, conditioning: list, text: str) -> io.NodeOutput:
-        positive, warning = mark_subject(clip, subject, conditioning, text)
-        return io.NodeOutput(positive, text, ui=ui.PreviewText(warning) if warning else None)
+        return _shown(mark_subject(clip, subject, conditioning, text))
+
+
+def _shown(encoded: EncodedPrompt) -> io.NodeOutput:
+    show_text(encoded.shown)
+    return io.NodeOutput(encoded.conditioning, encoded.text, ui=ui.PreviewText(encoded.shown))

@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from ..moma_modules.adapter import load_adapter
 from ..moma_modules.comfy_bridge import folders
 from ..moma_modules.comfy_bridge.download import download_adapter, download_mllm
-from ..moma_modules.comfy_bridge.node_text import show_at_node
+from ..moma_modules.comfy_bridge.editor import show_text
 from ..moma_modules.mllm.checkpoint import checkpoint_files
 from ..moma_modules.mllm.model import load_mllm
 from ..moma_modules.mllm.precision import PRECISIONS
@@ -58,7 +58,6 @@ class LoadMllm(io.ComfyNode):
                 _download_input(f"the MLLM ({MLLM_SIZE})"),
             ],
             outputs=[MomaMllm.Output("mllm", display_name="mllm", tooltip="For Extract Subject Features.")],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -81,7 +80,7 @@ class LoadMllm(io.ComfyNode):
         if download and model_name == FOLDER:
             download_mllm()
         mllm = load_mllm(folders.mllm_path(model_name), precision)
-        show_at_node(mllm.plan.summary, cls.hidden.unique_id)
+        show_text(mllm.plan.summary)
         return io.NodeOutput(mllm, ui=ui.PreviewText(mllm.plan.summary))
 
 

@@ -7,6 +7,8 @@ from comfy_api.latest import io, ui
 from torch.nn.functional import interpolate
 
 from ..moma_modules.comfy_bridge.patching import settings_of
+from ..moma_modules.comfy_bridge.run_log import FinishedRun
+from ..moma_modules.pictures import film_strip
 from ..moma_modules.subject import Subject
 from .types import CATEGORY, SEARCH_ALIASES, MomaSubject
 
@@ -23,7 +25,8 @@ class SubjectMask(io.ComfyNode):
             display_name="MoMA Subject Mask",
             category=CATEGORY,
             search_aliases=SEARCH_ALIASES,
-            description="Shows where the model put the subject: the mask that MoMA found while the sampler ran.",
+            description="Shows where the model put the subject: the mask that MoMA found while the sampler ran, and "
+            "how that mask came to be.",
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL that the sampler got."),
                 io.Latent.Input("latent", tooltip="The LATENT that the sampler gave."),
@@ -31,7 +34,15 @@ class SubjectMask(io.ComfyNode):
                     "subject", optional=True, tooltip="With several subjects, the one to show. Unconnected: all."
                 ),
             ],
-            outputs=[io.Mask.Output("mask", display_name="mask", tooltip="0..1, in the size of the picture.")],
+            outputs=[
+                io.Mask.Output("mask", display_name="mask", tooltip="0..1, in the size of the picture."),
+                io.Image.Output(
+                    "evolution",
+                    display_name="evolution",
+                    tooltip="The mask over the run, with the number of the model evaluation above each; of a batch "
+                    "one row per picture.",
+                ),
+            ],
             is_output_node=True,
         )
 
@@ -40,15 +51,26 @@ class SubjectMask(io.ComfyNode):
         settings = settings_of(model)
         if settings is None:
             raise ValueError("model has no MoMA on it: connect the MODEL that Apply MoMA Adapter or Shortcut gave.")
-        masks = settings.log.find(latent["samples"])
-        if masks is None:
+        run = settings.log.find_run(latent["samples"])
+        if run is None:
             raise ValueError(
                 "latent is not the result of a sampler that ran with this model. Connect the LATENT straight from the "
                 "sampler, and the MODEL that this sampler got."
             )
-        if subject is not None and subject.key not in masks:
+        if subject is not None and subject.key not in run.masks:
             raise ValueError(f"subject {subject.word!r} is not one of the subjects of this model.")
-        chosen = list(masks.values()) if subject is None else [masks[subject.key]]
-        mask = torch.stack(chosen).amax(dim=0)
+        keys = list(run.masks) if subject is None else [subject.key]
+        mask = _joined(run.masks, keys)
         picture = interpolate(mask[:, None], scale_factor=PIXELS_PER_LATENT, mode="bilinear")[:, 0]
-        return io.NodeOutput(picture, ui=ui.PreviewMask(picture, cls=cls))
+        strip = _evolution(run, keys)
+        shown = [*ui.PreviewMask(picture, cls=cls).values, *ui.PreviewImage(strip, cls=cls).values]
+        return io.NodeOutput(picture, strip, ui={"images": shown, "animated": (False,)})
+
+
+def _joined(masks: dict[str, torch.Tensor], keys: list[str]) -> torch.Tensor:
+    """[B, h, w]: where any of the subjects is."""
+    return torch.stack([masks[key] for key in keys]).amax(dim=0)
+
+
+def _evolution(run: FinishedRun, keys: list[str]) -> torch.Tensor:
+    return film_strip([(f"{number}", _joined(masks, keys)) for number, masks in run.film])

@@ -88,11 +88,21 @@ class ApplyAdapter(io.ComfyNode):
                     min=0.0,
                     max=3.0,
                     step=0.05,
-                    tooltip="How strongly the features act. 1 is what MoMA was trained with; 0 is off.",
+                    tooltip="How strongly the features act. 1.0 is what MoMA was trained with; less gives the text of "
+                    "the prompt more say, far more drowns it. 0 is off.",
                 ),
                 *_window_inputs(0.0, "Fraction of the noise schedule (0..1) from which it acts."),
                 _region_input(),
+                io.Boolean.Input(
+                    "show_mask",
+                    default=False,
+                    optional=True,
+                    tooltip="Shows the subject mask on this node while the sampler runs, a few times a second at most. "
+                    "The picture stays the same.",
+                    advanced=True,
+                ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[io.Model.Output("model", display_name="model", tooltip="For the sampler, or for more patches.")],
         )
 
@@ -106,9 +116,11 @@ class ApplyAdapter(io.ComfyNode):
         start_percent: float,
         end_percent: float,
         region_mask: torch.Tensor | None = None,
+        show_mask: bool = False,
     ) -> io.NodeOutput:
         settings = _check(model, adapter, subject)
-        part = ImageTokens(weight, _window(start_percent, end_percent, region_mask))
+        show_on = cls.hidden.unique_id if show_mask else None
+        part = ImageTokens(weight, _window(start_percent, end_percent, region_mask), show_on)
         return io.NodeOutput(patched(model, settings.with_subject(subject, adapter, image_tokens=part)))
 
 
@@ -136,8 +148,8 @@ class SelfAttnShortcut(io.ComfyNode):
                     min=0.0,
                     max=2.0,
                     step=0.05,
-                    tooltip="1.0 for the same subject in a new context (at most 1.2); 0.4 for a new texture or "
-                    "material (at most 0.6). 0 is off.",
+                    tooltip="1.0 for the same subject in a new context, at most 1.2: beyond, the reference overrides "
+                    "the prompt. 0.4 for a new texture or material, at most 0.6: beyond, the old one stays. 0 is off.",
                 ),
                 *_window_inputs(
                     0.05, "Fraction of the noise schedule (0..1) from which it acts. MoMA leaves out the first 0.05."

@@ -5,18 +5,20 @@ from typing import Any
 
 import folder_paths
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..moma_modules.adapter import Adapter
 from ..moma_modules.comfy_bridge import folders
+from ..moma_modules.comfy_bridge.editor import show_text
 from ..moma_modules.comfy_bridge.saving import check_prefix, save_numbered
 from ..moma_modules.comfy_bridge.text import plain_text
 from ..moma_modules.mllm.encode import subject_hidden_state
 from ..moma_modules.mllm.hidden_state_cache import HiddenStateCache
 from ..moma_modules.mllm.model import Mllm
+from ..moma_modules.pictures import coverage, what_was_seen
 from ..moma_modules.reference_image import FITS, prepare_references
 from ..moma_modules.subject import Subject, combine_subjects, load_subject
-from .types import CATEGORY, SEARCH_ALIASES, MomaAdapter, MomaMllm, MomaSubject
+from .types import CATEGORY, KEEPS_PREVIEW, SEARCH_ALIASES, MomaAdapter, MomaMllm, MomaSubject
 
 
 class ExtractSubject(io.ComfyNode):
@@ -30,7 +32,8 @@ class ExtractSubject(io.ComfyNode):
             category=CATEGORY,
             search_aliases=SEARCH_ALIASES,
             description="Looks at the subject in the reference picture, with the word for it and the prompt in mind. "
-            "The result depends on no seed or sampler: change those and this node does not run again.",
+            "The result depends on no seed or sampler: change those and this node does not run again. Its preview "
+            "shows the mask on the picture, and what the language model sees: the subject on white.",
             inputs=[
                 MomaMllm.Input("mllm", tooltip="From Load MoMA MLLM."),
                 MomaAdapter.Input("adapter", tooltip="From Load MoMA Adapter."),
@@ -83,6 +86,7 @@ class ExtractSubject(io.ComfyNode):
                     tooltip="For MoMA Text Encode, Apply MoMA Adapter, Self-Attn Shortcut and Save MoMA Subject.",
                 )
             ],
+            **KEEPS_PREVIEW,
         )
 
     @classmethod
@@ -118,7 +122,10 @@ class ExtractSubject(io.ComfyNode):
         embedding = torch.stack([adapter.map_hidden_state(one) for one in hidden]).mean(dim=0)
         if not embedding.isfinite().all():
             raise ValueError(f"mllm {mllm.name} gave NaN for this picture and prompt; choose precision bf16 or fp32.")
-        return io.NodeOutput(Subject(embedding, word, prompt, references.images, references.masks, adapter.identity))
+        show_text(coverage(references.masks))
+        seen = what_was_seen(references.images, references.masks)
+        made = Subject(embedding, word, prompt, references.images, references.masks, adapter.identity)
+        return io.NodeOutput(made, ui=ui.PreviewImage(seen, cls=cls))
 
 
 class CombineSubjects(io.ComfyNode):

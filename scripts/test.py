@@ -7,12 +7,14 @@ set, all tests run on that ComfyUI alone.
 import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from chromium import chromium_path
 from comfyui_source import CARRIER_VERSIONS, NEWEST, OLDEST, ROOT, SetupError
 from setup_env import Environment, environment
 
@@ -84,6 +86,18 @@ def set_up(steps: Steps, target: Target) -> Environment | None:
     return found[0] if found else None
 
 
+def set_up_browser() -> bool:
+    """Chromium for the tests of the editor: the one there is, or Debian's where this may install it."""
+    if chromium_path() or sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("apt-get"):
+        print(f"Chromium: {chromium_path() or 'none; the tests of the editor are left out'}", flush=True)
+        return True
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for words in (("update", "-qq"), ("install", "-qq", "-y", "--no-install-recommends", "chromium", "fonts-noto-cjk")):
+        subprocess.run(["apt-get", *words], env=quiet, stdout=subprocess.DEVNULL, check=False)
+    print(f"Chromium: {chromium_path() or 'could not be installed'}", flush=True)
+    return chromium_path() is not None
+
+
 def targets(versions: list[str], quick: bool) -> list[Target]:
     """What to test on: these versions, else the user's own ComfyUI, else the newest and the oldest."""
     if versions:
@@ -98,6 +112,8 @@ def run_all(chosen: list[Target], pytest_arguments: list[str]) -> bool:
     """Run every step, also after a failure; whether all succeeded."""
     steps = Steps()
     environments = [set_up(steps, target) for target in chosen]
+    if any(target.slow for target in chosen):
+        steps.run("Set-up of the browser", set_up_browser)
     linting = next(filter(None, environments), None)
     steps.run("ruff format", command(linting, "-m", "ruff", "format", "--check"))
     steps.run("ruff check", command(linting, "-m", "ruff", "check"))

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -68,6 +69,8 @@ class Run:
         cached: Nodes whose earlier result was used.
         progress: (node, value, max) in order.
         outputs: Per output node, what it shows.
+        previews: (node, JPEG or PNG bytes) that nodes showed on the way.
+        texts: (node, text) that nodes showed on the way.
         interrupted: Whether it was stopped.
     """
 
@@ -76,6 +79,8 @@ class Run:
     cached: list[str] = field(default_factory=list)
     progress: list[tuple[str, float, float]] = field(default_factory=list)
     outputs: dict[str, Any] = field(default_factory=dict)
+    previews: list[tuple[str, bytes]] = field(default_factory=list)
+    texts: list[tuple[str, str]] = field(default_factory=list)
     interrupted: bool = False
 
     def files(self, node: str, kind: str = "images") -> list[dict[str, str]]:
@@ -141,14 +146,19 @@ class ComfyServer:
         """All that the server has printed."""
         return self.log_file.read_text(encoding="utf-8", errors="replace")
 
+    @property
+    def address(self) -> str:
+        """Where its pages are."""
+        return f"http://127.0.0.1:{self._port}"
+
     def get(self, path: str) -> bytes:
         """The body of a GET request."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self._port}{path}", timeout=60) as answer:
+        with urllib.request.urlopen(f"{self.address}{path}", timeout=60) as answer:
             return bytes(answer.read())
 
     def post(self, path: str, content: dict[str, Any]) -> dict[str, Any]:
         """The JSON answer to a POST request ({} for an empty one)."""
-        url = f"http://127.0.0.1:{self._port}{path}"
+        url = f"{self.address}{path}"
         body = json.dumps(content).encode()
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -259,13 +269,15 @@ class ComfyServer:
         raise ServerError(f"ComfyUI has no history of prompt {prompt_id}:\n{self._log_end()}")
 
     def _next_event(self, connection: Any, run: Run, on_event: Callable[[Event], None]) -> Event:
-        """The next event of this run; previews and other prompts are skipped."""
+        """The next event of this run; those of other prompts are skipped, previews and texts noted."""
         while True:
             try:
                 message = connection.recv()
             except (OSError, websocket.WebSocketException) as error:
                 raise ServerError(f"ComfyUI is gone or silent ({error}):\n{self._log_end()}") from error
-            if isinstance(message, str) and message:
+            if isinstance(message, bytes):
+                _note_binary(run, message)
+            elif message:
                 event = json.loads(message)
                 if event.get("data", {}).get("prompt_id") == run.prompt_id:
                     on_event(event)
@@ -286,6 +298,16 @@ class ComfyServer:
         elif kind == "execution_interrupted":
             run.interrupted = True
         return kind in ("execution_success", "execution_interrupted")
+
+
+def _note_binary(run: Run, message: bytes) -> None:
+    """Note what a node shows: 3 is text after the node's id, 4 a picture after its description."""
+    kind, length = struct.unpack(">II", message[:8])
+    head, body = message[8 : 8 + length], message[8 + length :]
+    if kind == 3:
+        run.texts.append((head.decode(), body.decode()))
+    elif kind == 4:
+        run.previews.append((json.loads(head)["node_id"], body))
 
 
 def link(source: Path, target: Path) -> None:

@@ -1,5 +1,33 @@
-"""Every test runs against a real ComfyUI, see `bootstrap`."""
+"""Every test runs against a real ComfyUI, see `bootstrap`; those of the editor need Chromium."""
 
+import os
+
+import pytest
 from bootstrap import bootstrap
+from chromium import chromium_path
 
 bootstrap()
+
+NO_CHROMIUM = (
+    "The tests of the editor were left out: no Chromium. On Debian: apt-get install chromium; or set CHROMIUM."
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the browser tests out where there is no browser; CI must have one, and they fail there without."""
+    if chromium_path() is not None or os.environ.get("CI"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("browser")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+        config.stash[_LEFT_OUT] = True
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what was left out."""
+    if config.stash.get(_LEFT_OUT, False):
+        terminalreporter.write_line(NO_CHROMIUM)
+
+
+_LEFT_OUT = pytest.StashKey[bool]()

@@ -90,15 +90,15 @@ def test_a_template_is_filled_in_one_pass(template: str, subject: str, prompt: s
 def test_the_subject_is_found_inside_the_text_whatever_it_is(clip: Any, adapter: Any, word: str, prompt: str) -> None:
     """An embedding that does not exist, and what CLIP's tokeniser has no token for, cannot be found."""
     subject = replace(tiny_subject(adapter), word=word, prompt=prompt)
-    conditioning, text, warning = encode_prompt(clip, subject, prompt, PROMPT_TEMPLATE)
-    ((embedding, entry),) = conditioning
-    assert embedding.isfinite().all() and text == fill_template(PROMPT_TEMPLATE, word, prompt)
+    encoded = encode_prompt(clip, subject, prompt, PROMPT_TEMPLATE)
+    ((embedding, entry),) = encoded.conditioning
+    assert embedding.isfinite().all() and encoded.text == fill_template(PROMPT_TEMPLATE, word, prompt)
     positions = entry[TOKENS_KEY][subject.key]
     length = embedding.shape[1]
     assert all(0 < p < length and p % 77 not in (0, 76) for p in positions) and len(set(positions)) == len(positions)
-    assert (warning is None) == bool(positions)
+    assert ("is not among the words of the prompt" in encoded.shown) == (not positions)
     assert encode_word(clip, word).isfinite().all()
-    again = encode_prompt(clip, subject, prompt, PROMPT_TEMPLATE)[0]
+    again = encode_prompt(clip, subject, prompt, PROMPT_TEMPLATE).conditioning
     assert torch.equal(again[0][0], embedding) and again[0][1][TOKENS_KEY] == entry[TOKENS_KEY]
 
 
@@ -122,13 +122,14 @@ def test_emphasis_does_not_hide_the_subject(
     clip: Any, adapter: Any, word: str, prompt: str, found: tuple[int, ...]
 ) -> None:
     subject = replace(tiny_subject(adapter), word=word)
-    ((_, entry),), _, warning = encode_prompt(clip, subject, prompt, PROMPT_TEMPLATE)
-    assert entry[TOKENS_KEY][subject.key] == found and warning is None
+    encoded = encode_prompt(clip, subject, prompt, PROMPT_TEMPLATE)
+    assert encoded.conditioning[0][1][TOKENS_KEY][subject.key] == found
+    assert encoded.shown.endswith(f"[subject]: tokens {', '.join(map(str, found))}")
 
 
 def test_emphasis_still_weighs_in_the_prompt_but_not_in_the_bare_word(clip: Any, adapter: Any) -> None:
     plain, heavy = (replace(tiny_subject(adapter), word=word) for word in ("car", "(car:1.4)"))
-    a, b = (encode_prompt(clip, subject, "at sea", PROMPT_TEMPLATE)[0][0][0] for subject in (plain, heavy))
+    a, b = (encode_prompt(clip, subject, "at sea", PROMPT_TEMPLATE).conditioning[0][0] for subject in (plain, heavy))
     assert not torch.equal(a, b)
     assert torch.equal(encode_word(clip, plain.word), encode_word(clip, heavy.word))
 

@@ -147,13 +147,14 @@ def clip() -> Any:
 
 def test_a_prompt_knows_its_subject(clip: Any) -> None:
     subject = tiny_subject(tiny_adapter())
-    conditioning, text, warning = encode_prompt(clip, subject, "A car at sea.", PROMPT_TEMPLATE)
-    assert text == "photo of a car. A car at sea." and warning is None
-    assert conditioning[0][0].shape == (1, 77, 64)
-    assert conditioning[0][1][TOKENS_KEY] == {subject.key: (4, 7)}
-    conditioning, _, warning = encode_prompt(clip, subject, "A boat.", "{prompt}")
-    assert conditioning[0][1][TOKENS_KEY] == {subject.key: ()}
-    assert warning and "'car' is not among the words of the prompt 'A boat.'" in warning
+    encoded = encode_prompt(clip, subject, "A car at sea.", PROMPT_TEMPLATE)
+    assert encoded.text == "photo of a car. A car at sea."
+    assert encoded.shown == "photo of a [car]. a [car] at sea.\n[subject]: tokens 4, 7"
+    assert encoded.conditioning[0][0].shape == (1, 77, 64)
+    assert encoded.conditioning[0][1][TOKENS_KEY] == {subject.key: (4, 7)}
+    encoded = encode_prompt(clip, subject, "A boat.", "{prompt}")
+    assert encoded.conditioning[0][1][TOKENS_KEY] == {subject.key: ()}
+    assert "'car' is not among the words of the prompt 'A boat.'" in encoded.shown
 
 
 def test_the_word_alone_is_encoded_for_the_reference_pass(clip: Any) -> None:

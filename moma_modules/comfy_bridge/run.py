@@ -18,8 +18,10 @@ from torch.nn.functional import interpolate
 from ..subject_mask import subject_mask
 from .attention import FORWARD
 from .conditioning import Rows, attach_rows, subjects_in, take_rows
+from .editor import show_text
 from .forward import Forward, SubjectRun
 from .image_tokens import ImageTokenLayers, image_token_layers
+from .live_mask import Film, LiveMask
 from .neighbours import check_neighbours, without_compilation
 from .reference import reference_keys_values
 from .reference_cache import KeysValues
@@ -33,12 +35,15 @@ class RunState:
     Attributes:
         subjects: Set when sampling starts.
         masks: [S, B, H, W] in 0..1 after the last evaluation; None before the first one has ended.
+        film: How the masks evolved.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.subjects: tuple[SubjectRun, ...] = ()
         self.masks: Tensor | None = None
+        self.film = Film()
+        self._live: list[LiveMask | None] = []
         self._collecting = False
         self._found: list[bool] = []
         self._gates: tuple[_Gate, ...] = ()
@@ -59,9 +64,12 @@ class RunState:
                 )
         attach_rows(guider.conds, keys, noise)
         options = model_options["transformer_options"]
+        self._live = [_live_mask(entry) for entry in self.settings.subjects]
+        show_text(f"MoMA looks at the reference: {', '.join(entry.subject.word for entry in self.settings.subjects)}")
         self.subjects = tuple(_subject_run(entry, guider, options, noise) for entry in self.settings.subjects)
         sampling = guider.inner_model.model_sampling
         self._gates = tuple(_Gate.of(entry, sampling) for entry in self.settings.subjects)
+        show_text("MoMA: sampling")
 
     def begin_evaluation(self, model_options: dict[str, Any], device: torch.device) -> None:
         """A guider starts to evaluate its prompts at one noise level."""
@@ -72,6 +80,7 @@ class RunState:
         """The maps that came together become the masks of the next evaluation."""
         if self._evaluation is not None and self._evaluation.has_maps:
             self.masks = self._evaluation.masks(self.masks)
+            self._show(self.masks)
         self._evaluation = None
         self._patches = None
 
@@ -131,6 +140,13 @@ class RunState:
     def clear(self) -> None:
         """Let go of everything on the device."""
         self.subjects, self.masks, self._evaluation, self._patches = (), None, None, None
+        self.film = Film()
+
+    def _show(self, masks: Tensor) -> None:
+        self.film.add(masks)
+        for live, mask, found in zip(self._live, masks, self._found, strict=True):
+            if live is not None and found:
+                live.show(mask)
 
     def _factors(self, i: int, sigma: Tensor | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         run, gate = self.subjects[i], self._gates[i]
@@ -222,6 +238,11 @@ class _Evaluation:
         return torch.where(known, found, before).view(subjects, batch, height, width)
 
 
+def _live_mask(entry: SubjectSettings) -> LiveMask | None:
+    part = entry.image_tokens
+    return LiveMask(part.show_on) if part is not None and part.show_on is not None else None
+
+
 def _subject_run(entry: SubjectSettings, guider: Any, options: dict[str, Any], noise: Tensor) -> SubjectRun:
     model = guider.inner_model
     tokens: ImageTokenLayers | None = None
@@ -265,7 +286,7 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     options[KEY] = state = RunState(settings)
     try:
         samples = executor(*args, **kwargs)
-        settings.log.record(samples, state.final_masks())
+        settings.log.record(samples, state.final_masks(), state.film)
         return samples
     finally:
         state.clear()

@@ -30,10 +30,15 @@ class Window:
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """Cross-attention to the subject's image tokens, times `weight`."""
+    """Cross-attention to the subject's image tokens, times `weight`.
+
+    Attributes:
+        show_on: The node on which the subject mask is shown while the sampler runs, or None.
+    """
 
     weight: float = 1.0
     window: Window = Window()
+    show_on: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """Encoding text with a CLIP, and knowing where in it the subject is."""
 
 import logging
+import re
+from dataclasses import dataclass
 from string import punctuation
 from typing import Any
 
@@ -13,29 +15,39 @@ from .conditioning import mark_tokens
 
 CLIP_KEY = "l"
 """ComfyUI's name for the one text encoder of SD1.5."""
+WORD_END = "</w>"
+"""How CLIP's vocabulary marks a token that ends a word."""
 
 
-def encode_prompt(clip: Any, subject: Subject, prompt: str, template: str) -> tuple[list, str, str | None]:
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A positive prompt, encoded.
+
+    Attributes:
+        conditioning: The CONDITIONING; it knows where the subject's tokens are.
+        text: The full text.
+        shown: The tokens as CLIP reads them, the subject's in brackets; or a warning if there are none (then there is
+            no subject mask: the subject's features reach the whole picture).
+    """
+
+    conditioning: list
+    text: str
+    shown: str
+
+
+def encode_prompt(clip: Any, subject: Subject, prompt: str, template: str) -> EncodedPrompt:
     """Encode the positive prompt for a subject.
-
-    Returns:
-        The CONDITIONING, the full text, and a warning if the subject does not occur in it (then there is no subject
-        mask: the subject's features reach the whole picture).
 
     Raises:
         ValueError: The CLIP is not SD1.5's.
     """
     text = fill_template(template, subject.word, prompt)
     tokens = _tokenize(clip, text)
-    conditioning, warning = _marked(clip, subject, clip.encode_from_tokens_scheduled(tokens), text, tokens)
-    return conditioning, text, warning
+    return _knowing(clip, subject, clip.encode_from_tokens_scheduled(tokens), text, tokens)
 
 
-def mark_subject(clip: Any, subject: Subject, conditioning: list, text: str) -> tuple[list, str | None]:
+def mark_subject(clip: Any, subject: Subject, conditioning: list, text: str) -> EncodedPrompt:
     """A copy of `conditioning`, which was encoded from `text`, that knows where one more subject is.
-
-    Returns:
-        The CONDITIONING, and a warning as for `encode_prompt`.
 
     Raises:
         ValueError: The CLIP is not SD1.5's, or the conditioning is too short for the text.
@@ -45,25 +57,24 @@ def mark_subject(clip: Any, subject: Subject, conditioning: list, text: str) -> 
     length = min(entry[0].shape[1] for entry in conditioning)
     if length < needed:
         raise ValueError(
-            f"text makes {needed} tokens, conditioning has {length}: it was not encoded from this text. Connect the text "
-            "output of the MoMA Text Encode (or the text of the CLIP Text Encode) that made the conditioning."
+            f"text makes {needed} tokens, conditioning has {length}: it was not encoded from this text. Connect the "
+            "text output of the MoMA Text Encode (or the text of the CLIP Text Encode) that made the conditioning."
         )
-    return _marked(clip, subject, conditioning, text, tokens)
+    return _knowing(clip, subject, conditioning, text, tokens)
 
 
-def _marked(
-    clip: Any, subject: Subject, conditioning: list, text: str, tokens: dict[str, list]
-) -> tuple[list, str | None]:
+def _knowing(clip: Any, subject: Subject, conditioning: list, text: str, tokens: dict[str, list]) -> EncodedPrompt:
     words = [_tokenize(clip, _escaped(_bare(word)))[CLIP_KEY] for word in plain_text(subject.word).split()]
     positions = find_subject(tokens[CLIP_KEY], words)
-    warning = None
-    if not positions:
-        warning = (
+    if positions:
+        shown = f"{_bracketed(clip, tokens[CLIP_KEY], positions)}\n[subject]: tokens {', '.join(map(str, positions))}"
+    else:
+        shown = (
             f"MoMA: the subject {subject.word!r} is not among the words of the prompt {text!r}. The automatic subject "
             "mask is off, and the subject's features reach the whole picture. Say the subject word in the prompt."
         )
-        logging.warning(warning)
-    return mark_tokens(conditioning, {subject.key: positions}), warning
+        logging.warning(shown)
+    return EncodedPrompt(mark_tokens(conditioning, {subject.key: positions}), text, shown)
 
 
 def encode_word(clip: Any, word: str) -> Tensor:
@@ -96,3 +107,25 @@ def _tokenize(clip: Any, text: str) -> dict[str, list]:
             "the CLIP of the checkpoint that MODEL comes from."
         )
     return tokens
+
+
+def _bracketed(clip: Any, chunks: list, positions: tuple[int, ...]) -> str:
+    """The prompt put together from its tokens again, those at `positions` in brackets."""
+    parts: list[str] = []
+    offset = 0
+    for chunk in chunks:
+        for index, entry in enumerate(chunk):
+            piece = _token_text(clip, entry)
+            word = piece.removesuffix(WORD_END)
+            if offset + index in positions:
+                word = f"[{word}]"
+            if not piece.startswith("<|"):
+                parts.append(word + (" " if piece.endswith(WORD_END) else ""))
+        offset += len(chunk)
+    return re.sub(r" (?=[.,;:!?](?: |$))", "", "".join(parts).strip())
+
+
+def _token_text(clip: Any, entry: tuple) -> str:
+    if isinstance(entry[0], Tensor):
+        return f"(embedding){WORD_END}"
+    return str(clip.tokenizer.untokenize([entry])[0][1])

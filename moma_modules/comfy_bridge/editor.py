@@ -1,0 +1,52 @@
+"""What the user sees while something runs: text and pictures on nodes. Without a client that looks, nothing is sent."""
+
+from typing import Any
+
+from comfy_execution.utils import get_executing_context
+from PIL import Image
+
+from ..pictures import picture as to_picture
+
+PREVIEW_SIZE = 512
+
+
+def show_text(text: str) -> None:
+    """Show a text on the node that is being executed."""
+    context, server = get_executing_context(), _server()
+    if context is not None and server is not None:
+        server.send_progress_text(text, context.node_id, server.client_id)
+
+
+def someone_looks() -> bool:
+    """Whether a client is connected that would see a picture."""
+    return _server() is not None
+
+
+def show_mask(mask: Any, node_id: str) -> None:
+    """Show a mask [B, h, w] in 0..1 as the picture on a node, the batch side by side; waits for the device."""
+    context, server = get_executing_context(), _server()
+    if context is None or server is None:
+        return
+    from server import BinaryEventTypes
+
+    wide = mask.movedim(0, 1).flatten(1)
+    shown = to_picture(wide).resize((wide.shape[1] * 8, wide.shape[0] * 8), Image.Resampling.BILINEAR)
+    about = {
+        "node_id": node_id,
+        "display_node_id": node_id,
+        "parent_node_id": node_id,
+        "real_node_id": node_id,
+        "prompt_id": context.prompt_id,
+    }
+    message = (("JPEG", shown, PREVIEW_SIZE), about)
+    server.send_sync(BinaryEventTypes.PREVIEW_IMAGE_WITH_METADATA, message, server.client_id)
+
+
+def _server() -> Any:
+    """The server, if a client is connected; ComfyUI's own tools also run nodes without one."""
+    if get_executing_context() is None:
+        return None
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    return server if server is not None and server.client_id is not None else None

@@ -1,0 +1,175 @@
+"""MoMA Strength Study, MoMA Contact Sheet."""
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io, ui
+from comfy_execution.graph_utils import GraphBuilder
+
+from ..moma_modules.pictures import contact_sheet, picture
+from ..moma_modules.study import parse_study
+from .samplers import sampling_inputs
+from .types import CATEGORY, KEEPS_PREVIEW, SEARCH_ALIASES, MomaAdapter, MomaSubject
+
+MOST_PICTURES = 36
+
+
+class StrengthStudy(io.ComfyNode):
+    """Expands into stock samplers, one for each strength and weight."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MoMAStrengthStudy",
+            display_name="MoMA Strength Study",
+            category=CATEGORY,
+            search_aliases=[*SEARCH_ALIASES, "XY plot", "grid", "compare"],
+            description="One labelled sheet over the shortcut's strength and the adapter's weight, all with the same "
+            "seed. It stands for Apply MoMA Adapter, Self-Attn Shortcut, KSampler and VAE Decode, once per picture.",
+            inputs=[
+                io.Model.Input("model", tooltip="An SD1.5 model, not yet through Apply MoMA Adapter for this subject."),
+                MomaAdapter.Input("adapter", tooltip="From Load MoMA Adapter."),
+                MomaSubject.Input("subject", tooltip="From Extract Subject Features or Load MoMA Subject."),
+                io.Vae.Input("vae", tooltip="The VAE of the SD1.5 checkpoint."),
+                io.Clip.Input("clip", tooltip="The CLIP of the SD1.5 checkpoint."),
+                io.Conditioning.Input("positive", tooltip="From MoMA Text Encode."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt, from any text encoder."),
+                io.Latent.Input("latent_image", tooltip="One latent, as of Empty Latent Image; it sets the size."),
+                io.String.Input(
+                    "strengths",
+                    default="0.4, 0.7, 1.0",
+                    tooltip="Strengths of Self-Attn Shortcut, 0 to 2, separated by commas: one column each.",
+                ),
+                io.String.Input(
+                    "weights",
+                    default="1.0",
+                    tooltip="Weights of Apply MoMA Adapter, 0 to 3, separated by commas: one row each. At most "
+                    f"{MOST_PICTURES} pictures together.",
+                ),
+                *sampling_inputs(),
+            ],
+            outputs=[
+                io.Image.Output("sheet", display_name="sheet", tooltip="The labelled sheet, one picture."),
+                io.Image.Output(
+                    "images", display_name="images", tooltip="The pictures as a batch, row by row, without labels."
+                ),
+            ],
+            enable_expand=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, strengths: str | None = None, weights: str | None = None) -> bool | str:
+        if strengths is None or weights is None:  # connected: known only when it runs
+            return True
+        try:
+            parse_study(strengths, weights, MOST_PICTURES)
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        adapter: Any,
+        subject: Any,
+        vae: Any,
+        clip: Any,
+        positive: Any,
+        negative: Any,
+        latent_image: dict[str, Any],
+        strengths: str,
+        weights: str,
+        **sampling: Any,
+    ) -> io.NodeOutput:
+        study = parse_study(strengths, weights, MOST_PICTURES)
+        count = latent_image["samples"].shape[0]
+        if count != 1:
+            raise ValueError(
+                f"latent_image holds {count} latents; the study takes one. Set batch_size to 1, or choose one with "
+                "'Latent From Batch'."
+            )
+        graph = GraphBuilder()
+        shared = {"adapter": adapter, "subject": subject}
+        prompts = {"positive": positive, "negative": negative, "latent_image": latent_image}
+        window = {"end_percent": 1.0}
+        pictures = {}
+        for weight in study.weights:
+            applied = graph.node(
+                "MoMAApplyAdapter", f"apply-{weight}", model=model, weight=weight, start_percent=0.0, **window, **shared
+            )
+            for strength in study.strengths:
+                cell = f"{weight}-{strength}"
+                patched = graph.node(
+                    "MoMASelfAttnShortcut",
+                    f"shortcut-{cell}",
+                    model=applied.out(0),
+                    vae=vae,
+                    clip=clip,
+                    strength=strength,
+                    start_percent=0.05,
+                    seed=0,
+                    **window,
+                    **shared,
+                )
+                sampled = graph.node("KSampler", f"sampler-{cell}", model=patched.out(0), **prompts, **sampling)
+                decoded = graph.node("VAEDecode", f"decode-{cell}", samples=sampled.out(0), vae=vae)
+                pictures[f"images.image{len(pictures)}"] = decoded.out(0)
+        sheet = graph.node(
+            "MoMAContactSheet",
+            "sheet",
+            columns=", ".join(f"strength {value:g}" for value in study.strengths),
+            rows=", ".join(f"weight {value:g}" for value in study.weights),
+            **pictures,
+        )
+        return io.NodeOutput(sheet.out(0), sheet.out(1), expand=graph.finalize())
+
+
+class ContactSheet(io.ComfyNode):
+    """Pictures in labelled rows and columns."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        template = io.Autogrow.TemplatePrefix(io.Image.Input("image"), prefix="image", min=1, max=MOST_PICTURES)
+        return io.Schema(
+            node_id="MoMAContactSheet",
+            display_name="MoMA Contact Sheet",
+            category=CATEGORY,
+            search_aliases=[*SEARCH_ALIASES, "XY plot", "grid", "compare"],
+            description="Puts pictures on one labelled sheet, row by row. MoMA Strength Study uses it; it takes any "
+            "pictures.",
+            inputs=[
+                io.Autogrow.Input(
+                    "images", template=template, tooltip="Pictures of one size, row by row; batches count one by one."
+                ),
+                io.String.Input(
+                    "columns", default="", tooltip="The labels above, separated by commas: as many columns as labels."
+                ),
+                io.String.Input(
+                    "rows", default="", tooltip="The labels at the left, separated by commas. Empty: none."
+                ),
+            ],
+            outputs=[
+                io.Image.Output("sheet", display_name="sheet", tooltip="The labelled sheet, one picture."),
+                io.Image.Output("images", display_name="images", tooltip="The pictures as a batch, row by row."),
+            ],
+            **KEEPS_PREVIEW,
+        )
+
+    @classmethod
+    def execute(cls, images: dict[str, torch.Tensor], columns: str, rows: str) -> io.NodeOutput:
+        given = [images[name] for name in sorted(images, key=lambda name: int(name.removeprefix("image")))]
+        if len({tuple(image.shape[1:]) for image in given}) > 1:
+            sizes = ", ".join(f"{image.shape[2]}x{image.shape[1]}" for image in given)
+            raise ValueError(f"images have different sizes: {sizes}. Resize them to one size first.")
+        batch = torch.cat(given)
+        across = [label.strip() for label in columns.split(",")] if columns.strip() else [""] * len(batch)
+        grid = [[picture(image) for image in part] for part in batch.split(len(across))]
+        down = [label.strip() for label in rows.split(",")] if rows.strip() else [""] * len(grid)
+        if len(grid[-1]) != len(across) or len(down) != len(grid):
+            raise ValueError(
+                f"images holds {len(batch)} pictures, which do not fill {len(across)} columns and {len(down)} rows. "
+                "Give one label per column and per row."
+            )
+        sheet = contact_sheet(grid, across, down)
+        return io.NodeOutput(sheet, batch, ui=ui.PreviewImage(sheet, cls=cls))

@@ -1,0 +1,195 @@
+"""ComfyUI's editor in a headless Chromium: what a person would click, and what they would see."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from chromium import chromium_path
+from playwright.sync_api import Browser, Page, sync_playwright
+
+WINDOW = {"width": 2400, "height": 1500}
+ARGUMENTS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.Locale": "en",
+    "Comfy.Minimap.Visible": False,
+    "Comfy.Graph.CanvasInfo": False,
+    "Comfy.Graph.CanvasMenu": False,
+    "LiteGraph.Canvas.LowQualityRenderingZoomThreshold": 0.1,
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,
+}
+"""Of a user who has seen the tutorial, and wants to read everything from afar."""
+MARGIN = 30
+WAIT = 60_000
+
+
+class Editor:
+    """The editor of a running server.
+
+    Attributes:
+        errors: What the page's console called an error since it was opened.
+    """
+
+    def __init__(self, page: Page, address: str) -> None:
+        """Open the page and wait for the editor."""
+        self.page, self.errors = page, []
+        page.on("console", lambda message: self._note(message.text, message.location) if message.type == "error" else 0)
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        # The workplace may have no network; the editor asks for news and templates' pictures of others.
+        page.route("**/*", lambda route: route.continue_() if address in route.request.url else route.abort())
+        page.goto(address)
+        page.wait_for_function("() => window.app?.graph && window.app?.extensionManager", timeout=WAIT)
+        page.wait_for_selector("#graph-canvas", timeout=WAIT)
+        page.wait_for_load_state("networkidle")
+        self.close_dialogs()
+
+    def load(self, workflow: dict[str, Any], name: str) -> None:
+        """Load a workflow as opening its file would."""
+        self.page.evaluate(
+            "([workflow, name]) => window.app.loadGraphData(workflow, true, true, name)", [workflow, name]
+        )
+        self.page.wait_for_timeout(1000)
+
+    def add_by_search(self, text: str) -> None:
+        """Empty the graph and add the node that the search finds first, as a double-click on the canvas does."""
+        self.page.evaluate("() => window.app.graph.clear()")
+        self.page.wait_for_timeout(500)
+        self.page.mouse.dblclick(WINDOW["width"] // 2, WINDOW["height"] // 2)
+        self.page.wait_for_timeout(1000)
+        self.page.keyboard.type(text)
+        self.page.wait_for_timeout(2000)
+        self.page.keyboard.press("Enter")
+        self.page.mouse.click(WINDOW["width"] // 3, WINDOW["height"] // 3)
+        self.page.wait_for_function("() => window.app.graph.nodes.length", timeout=WAIT)
+
+    def close_dialogs(self) -> None:
+        """Close whatever lies over the graph."""
+        for _ in range(3):
+            if not self.page.locator(".p-dialog:visible, [role=dialog]:visible").count():
+                return
+            self.page.keyboard.press("Escape")
+            self.page.wait_for_timeout(300)
+
+    def unknown_nodes(self) -> list[str]:
+        """Types of nodes in the graph that the editor does not know."""
+        script = """() => {
+            const known = window.LiteGraph.registered_node_types
+            return window.app.graph.nodes.filter(n => !(n.type in known)).map(n => n.type)
+        }"""
+        return list(self.page.evaluate(script))
+
+    def prompt(self) -> dict[str, Any]:
+        """What the editor would queue for the graph."""
+        return dict(self.page.evaluate("async () => (await window.app.graphToPrompt()).output"))
+
+    def overlaps(self) -> list[tuple[str, str]]:
+        """Pairs of nodes that lie over one another, by title."""
+        script = """() => {
+            const boxes = window.app.graph.nodes.map(n => [n.title, n.getBounding()])
+            const found = []
+            boxes.forEach(([a, p], i) => boxes.slice(i + 1).forEach(([b, q]) => {
+                const across = p[0] < q[0] + q[2] && q[0] < p[0] + p[2]
+                if (across && p[1] < q[1] + q[3] && q[1] < p[1] + p[3]) found.push([a, b])
+            }))
+            return found
+        }"""
+        return [(a, b) for a, b in self.page.evaluate(script)]
+
+    def queue(self, timeout: float) -> None:
+        """Queue the graph and wait for its end."""
+        self.page.evaluate(
+            """() => {
+                window.momaEnded = null
+                for (const kind of ['execution_success', 'execution_error'])
+                    window.app.api.addEventListener(kind, event => { window.momaEnded = [kind, event.detail] })
+                return window.app.queuePrompt(0)
+            }"""
+        )
+        self.page.wait_for_function("() => window.momaEnded", timeout=timeout)
+        kind, detail = self.page.evaluate("() => window.momaEnded")
+        if kind == "execution_error":
+            raise RuntimeError(f"{detail['node_type']}: {detail['exception_message']}")
+        self.page.wait_for_timeout(1500)
+
+    def show(self, kinds: Sequence[str] = ()) -> dict[str, float]:
+        """Scale and move the canvas until the nodes of these types (or all) are in sight; where they then are."""
+        script = """([kinds, margin]) => {
+            const canvas = window.app.canvas, nodes = window.app.graph.nodes
+            const boxes = nodes.filter(n => !kinds.length || kinds.includes(n.type)).map(n => n.getBounding())
+            const left = Math.min(...boxes.map(b => b[0])), top = Math.min(...boxes.map(b => b[1]))
+            const right = Math.max(...boxes.map(b => b[0] + b[2])), bottom = Math.max(...boxes.map(b => b[1] + b[3]))
+            const area = document.querySelector('#graph-canvas').getBoundingClientRect()
+            const free = [80, 120, area.width - 40, area.height - 60]
+            const scale = Math.min(
+                1.4,
+                (free[2] - free[0] - 2 * margin) / (right - left),
+                (free[3] - free[1] - 2 * margin) / (bottom - top)
+            )
+            canvas.ds.scale = scale
+            canvas.ds.offset = [(free[0] + margin) / scale - left, (free[1] + margin) / scale - top]
+            canvas.deselectAll?.()
+            canvas.setDirty(true, true)
+            canvas.draw(true, true)
+            return {x: free[0], y: free[1], width: (right - left) * scale + 2 * margin,
+                    height: (bottom - top) * scale + 2 * margin}
+        }"""
+        clip = dict(self.page.evaluate(script, [list(kinds), MARGIN]))
+        self.page.wait_for_timeout(700)
+        return clip
+
+    def open_help(self, kind: str) -> None:
+        """Open the help page of the first node of a type, as its toolbox button does."""
+        self.show((kind,))
+        self.page.evaluate(
+            "kind => app.canvas.selectNode(app.graph.nodes.find(node => node.type === kind))",
+            kind,
+        )
+        self.page.wait_for_timeout(800)
+        self.page.get_by_test_id("info-button").click()
+
+    def picture(self, path: Path, kinds: Sequence[str] = ()) -> None:
+        """A picture of the nodes of these types, or of all."""
+        clip = self.show(kinds)
+        self.page.screenshot(path=path, clip=clip, animations="disabled")
+
+    def _note(self, text: str, location: dict[str, Any]) -> None:
+        # Requests to other hosts are cut off above.
+        if "net::ERR_FAILED" not in text:
+            self.errors.append(f"{text} ({location.get('url', '')})")
+
+
+@contextmanager
+def open_browser() -> Iterator[Browser]:
+    """A Chromium; one at a time.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    path = chromium_path()
+    if path is None:
+        raise FileNotFoundError("No Chromium: install it (on Debian `apt-get install chromium`) or set CHROMIUM.")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@contextmanager
+def open_editor(browser: Browser, address: str) -> Iterator[Editor]:
+    """The editor of the server at `address`, in a window of a new user."""
+    context = browser.new_context(viewport=WINDOW)
+    try:
+        yield Editor(context.new_page(), address)
+    finally:
+        context.close()

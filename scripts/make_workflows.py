@@ -1,0 +1,39 @@
+"""Writes workflows/, subgraphs/ and tests/api/ anew from `workflow_specs.py` and the live node definitions."""
+
+import tempfile
+from pathlib import Path
+
+from comfyui_source import ROOT
+from graph import Json, dump
+from inside import comfyui_inside
+from workflow_specs import PERSONALIZE, WORKFLOWS, personalize
+
+
+def files(info: Json) -> dict[Path, str]:
+    """What the repository should hold, by path, for the node definitions `info` of a server."""
+    written: dict[Path, str] = {}
+    for describe in WORKFLOWS:
+        graph = describe()
+        written[ROOT / "workflows" / f"{graph.name}.json"] = dump(graph.ui(info))
+        written[ROOT / "tests" / "api" / f"{graph.name}.json"] = dump(graph.api(info))
+    graph, inputs, outputs = personalize()
+    written[ROOT / "subgraphs" / f"{PERSONALIZE.name}.json"] = dump(graph.blueprint(info, PERSONALIZE, inputs, outputs))
+    written[ROOT / "tests" / "api" / "blueprint" / "personalize.json"] = dump(graph.api(info, prefix="1:"))
+    return written
+
+
+def main() -> None:
+    """Ask a server, write the files."""
+    comfyui = comfyui_inside(__file__)
+    from comfy_server import ComfyServer
+
+    with tempfile.TemporaryDirectory(prefix="moma-workflows-") as folder, ComfyServer(comfyui, Path(folder)) as server:
+        written = files(server.object_info())
+    for path, text in written.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        print(f"Wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

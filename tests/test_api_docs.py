@@ -1,0 +1,103 @@
+"""The commands and the program of docs/api.md, as they stand there, against a real server."""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bootstrap import ROOT, comfyui_path
+from comfy_server import ComfyServer, ExecutionFailedError
+from comfyui_source import cache_dir
+from PIL import Image
+from random_weights import adapter_file, llava_folder, sd15_checkpoint
+from workflow_files import api, small
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+PHOTO = ROOT / "tests" / "data" / "subject" / "photo_masked.png"
+
+
+def block(language: str) -> str:
+    """The page's one block of code in a language."""
+    (found,) = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+    return str(found)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    folder = tmp_path_factory.mktemp("models") / "MoMA_llava_7b"
+    adapter_file(llava_folder(folder))
+    models = {
+        "checkpoints/v1-5-pruned-emaonly-fp16.safetensors": sd15_checkpoint(cache_dir()),
+        "moma/MoMA_llava_7b": folder,
+    }
+    with ComfyServer(comfyui_path(), tmp_path_factory.mktemp("server"), models) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the page says is there: the graph and the photograph."""
+    path = tmp_path_factory.mktemp("client")
+    prompt = small(api("new_context"))
+    next(node for node in prompt.values() if node["class_type"] == "LoadImage")["inputs"]["image"] = "example.png"
+    (path / "new_context.json").write_text(json.dumps(prompt))
+    shutil.copyfile(PHOTO, path / "photo.png")
+    (path / "personalize.py").write_text(block("python"))
+    return path
+
+
+def program(folder: Path, server: ComfyServer, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run the page's program."""
+    command = [sys.executable, "personalize.py", *words, "--server", server.address, "--size", "128", "--steps", "1"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(path.read_bytes())))
+
+
+def test_curl_and_python_give_the_same_picture(server: ComfyServer, folder: Path) -> None:
+    variables = {**os.environ, "COMFYUI": server.address}
+    result = subprocess.run(
+        ["bash", "-e", "-c", block("bash")],
+        cwd=folder,
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    ran = program(folder, server, "photo.png", "cup", "A cup on a beach at sunset.", "out.png")
+    assert ran.returncode == 0 and ran.stdout == "Wrote out.png\n", ran.stdout + ran.stderr
+    first, second = pixels(folder / "picture.png"), pixels(folder / "out.png")
+    assert first.shape == (128, 128, 3) and first.std() > 1 and np.array_equal(first, second)
+
+
+def test_errors_while_it_runs_are_the_nodes_own_words(server: ComfyServer, folder: Path) -> None:
+    ran = program(folder, server, "photo.png", "", "A cup.", "none.png")
+    assert ran.returncode == 1 and not (folder / "none.png").exists()
+    prompt = json.loads((folder / "new_context.json").read_text())
+    next(n for n in prompt.values() if n["class_type"] == "MoMAExtractSubject")["inputs"]["subject"] = ""
+    with pytest.raises(ExecutionFailedError) as failure:
+        server.run(prompt)
+    assert ran.stderr.strip() == str(failure.value).strip()
+    assert ran.stderr.startswith("MoMAExtractSubject: subject is empty: give the word for what is in the picture")
+
+
+def test_errors_before_it_runs_are_the_nodes_own_words(server: ComfyServer, folder: Path) -> None:
+    bad = json.loads((folder / "new_context.json").read_text())
+    next(n for n in bad.values() if n["class_type"] == "MoMALoadAdapter")["inputs"]["adapter_name"] = "gone.th"
+    (folder / "bad.json").write_text(json.dumps(bad))
+    ran = program(folder, server, "photo.png", "cup", "A cup.", "none.png", "--graph", "bad.json")
+    assert ran.returncode == 1
+    assert "MoMALoadAdapter: adapter_name: there is no adapter 'gone.th'. Searched:" in ran.stderr
+    assert "Found: MoMA_llava_7b/attn_adapters_projectors.th. Download" in ran.stderr

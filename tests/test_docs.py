@@ -1,0 +1,56 @@
+"""What the documentation names exists."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from bootstrap import ROOT
+
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", *(ROOT / "web" / "docs").rglob("*.md")])
+LONGEST_EXECUTE = 60
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_files_and_pictures_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    places = [ROOT, ROOT / "moma_modules", page.parent]
+    for name in re.findall(r"`([\w./-]+\.(?:py|md|json))`", text):
+        if "/" in name and not name.startswith("output/"):
+            assert any((place / name).exists() for place in places), f"{page.name} names {name}"
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_the_architecture_names_every_module_that_matters() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for folder in ("nodes", "moma_modules/comfy_bridge"):
+        for path in (ROOT / folder).glob("*.py"):
+            if path.stem not in ("__init__", "types", "text", "unet", "samplers"):
+                assert f"`{folder}/{path.name}`" in text, f"docs/architecture.md does not name {folder}/{path.name}"
+
+
+def test_pictures_are_small_and_used() -> None:
+    texts = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    for path in [*(ROOT / "docs" / "images").iterdir(), *(ROOT / "web" / "docs" / "images").iterdir()]:
+        assert path.stat().st_size < 400_000, path.name
+        assert path.name in texts, f"no page shows {path.name}"
+
+
+def test_the_method_knows_nothing_of_nodes_or_the_server() -> None:
+    """Imports at the top of the modules outside comfy_bridge and mllm."""
+    for path in (ROOT / "moma_modules").glob("*.py"):
+        imported = {
+            name
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else [])
+            + ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [])
+        }
+        assert not {name.split(".")[0] for name in imported} & {"nodes", "server", "comfy_api"}, path.name
+
+
+def test_nodes_are_thin() -> None:
+    for path in (ROOT / "nodes").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name == "execute":
+                assert (node.end_lineno or 0) - node.lineno < LONGEST_EXECUTE, f"{path.name}:{node.lineno}"

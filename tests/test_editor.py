@@ -1,0 +1,143 @@
+"""The editor in a headless Chromium: workflows, blueprint, help pages, languages and errors as a person meets them."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from bootstrap import ROOT, comfyui_path
+from browser import SETTINGS, Editor, open_browser, open_editor
+from comfy_server import ComfyServer, PromptRefusedError
+from comfyui_source import cache_dir
+from random_weights import adapter_file, llava_folder, sd15_checkpoint
+from workflow_files import API, BIREFNET, CONTROLNET, LORA, NAMES, api, workflow
+
+pytestmark = [pytest.mark.server, pytest.mark.browser, pytest.mark.slow]
+SUBJECT = "cup_00001_.safetensors"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A server where every file that a workflow names is listed; only the MoMA weights have content."""
+    folder = tmp_path_factory.mktemp("models")
+    adapter_file(llava_folder(folder / "MoMA_llava_7b"))
+    models = {
+        "checkpoints/v1-5-pruned-emaonly-fp16.safetensors": sd15_checkpoint(cache_dir()),
+        "moma/MoMA_llava_7b": folder / "MoMA_llava_7b",
+    }
+    with ComfyServer(comfyui_path(), tmp_path_factory.mktemp("server"), models) as started:
+        for name in (CONTROLNET, BIREFNET, LORA):
+            (started.base / "models" / name).parent.mkdir(exist_ok=True)
+            (started.base / "models" / name).touch()
+        (started.output / "moma_subjects").mkdir()
+        (started.output / "moma_subjects" / SUBJECT).touch()
+        started.add_input(ROOT / "tests" / "data" / "subject" / "photo_masked.png")
+        (started.input / "photo_masked.png").rename(started.input / "example.png")
+        started.post("/settings", SETTINGS)
+        yield started
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with open_browser() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def editor(server: ComfyServer, browser: Any) -> Iterator[Editor]:
+    with open_editor(browser, server.address) as opened:
+        yield opened
+
+
+def content(prompt: dict[str, Any]) -> dict[str, Any]:
+    """What of a prompt is run."""
+    return {name: (node["class_type"], node["inputs"]) for name, node in prompt.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workflow_opens_as_it_was_meant(editor: Editor, name: str) -> None:
+    editor.errors.clear()
+    editor.load(workflow(name), name)
+    assert editor.unknown_nodes() == []
+    assert editor.overlaps() == []
+    prompt = editor.prompt()
+    assert content(prompt) == content(api(name))
+    assert {n: node["_meta"]["title"] for n, node in prompt.items()} == {
+        n: node["_meta"]["title"] for n, node in api(name).items()
+    }
+    assert editor.errors == []
+
+
+def test_the_blueprint_is_offered_and_opens(server: ComfyServer, editor: Editor) -> None:
+    (entry,) = [e for e in json.loads(server.get("/global_subgraphs")).values() if "MoMA" in e["info"]["node_pack"]]
+    assert entry["name"] == "MoMA personalize"
+    editor.errors.clear()
+    editor.add_by_search(entry["name"])
+    prompt = editor.prompt()
+    committed = json.loads((API / "blueprint" / "personalize.json").read_text())
+    outer = next(iter(prompt)).partition(":")[0]
+    inside = json.loads(json.dumps(committed).replace('"1:', f'"{outer}:'))
+    assert content(prompt) == content(inside)
+    node_inputs = editor.page.evaluate("() => app.graph.nodes[0].inputs.map(i => i.name)")
+    assert {"image", "mask", "subject", "prompt", "strength", "seed"} <= set(node_inputs)
+    assert editor.errors == []
+
+
+def test_a_help_page_opens_with_its_picture(server: ComfyServer, browser: Any) -> None:
+    with open_editor(browser, server.address) as editor:
+        editor.load(workflow("new_context"), "help")
+        editor.open_help("MoMASelfAttnShortcut")
+        picture = editor.page.locator("img[src*='MoMASelfAttnShortcut.png']").first
+        picture.wait_for(timeout=20_000)
+        assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 200
+
+
+@pytest.mark.parametrize("locale", ["zh", "ja", "ko"])
+def test_the_editor_speaks_the_users_language(server: ComfyServer, browser: Any, locale: str) -> None:
+    server.post("/settings", {**SETTINGS, "Comfy.Locale": locale})
+    try:
+        with open_editor(browser, server.address) as editor:
+            names = editor.page.evaluate(
+                """() => {
+                    const node = LiteGraph.createNode('MoMAExtractSubject')
+                    return [node.title, ...node.inputs.map(i => i.localized_name ?? i.name)]
+                }"""
+            )
+            texts = json.loads((ROOT / "locales" / locale / "nodeDefs.json").read_text(encoding="utf-8"))
+            assert names[0] == texts["MoMAExtractSubject"]["display_name"]
+            assert {text["name"] for text in texts["MoMAExtractSubject"]["inputs"].values()} <= set(names)
+    finally:
+        server.post("/settings", SETTINGS)
+
+
+def test_an_error_says_the_same_in_the_editor_and_to_an_api_client(server: ComfyServer, editor: Editor) -> None:
+    """A name that no file has: refused before anything runs."""
+    bad = workflow("new_context")
+    (node,) = [node for node in bad["nodes"] if node["type"] == "MoMALoadAdapter"]
+    node["widgets_values"] = ["gone.th"]
+    editor.load(bad, "bad")
+    editor.page.evaluate("() => app.queuePrompt(0)")
+    editor.page.wait_for_function("() => Object.keys(app.lastNodeErrors ?? {}).length", timeout=20_000)
+    shown = editor.page.evaluate("() => app.lastNodeErrors")
+    prompt = api("new_context")
+    prompt[str(node["id"])]["inputs"]["adapter_name"] = "gone.th"
+    with pytest.raises(PromptRefusedError) as refusal:
+        server.queue(prompt)
+    told = refusal.value.node_errors[str(node["id"])]["errors"]
+    assert [error["details"] for error in shown[str(node["id"])]["errors"]] == [error["details"] for error in told]
+    assert "adapter_name: there is no adapter 'gone.th'. Searched:" in told[0]["details"]
+    editor.close_dialogs()
+
+
+def test_a_missing_file_is_offered_for_download(server: ComfyServer, browser: Any) -> None:
+    """From the models' addresses in the workflow's nodes."""
+    (server.base / "models" / BIREFNET).unlink()
+    try:
+        with open_editor(browser, server.address) as editor:
+            editor.load(workflow("auto_mask"), "auto_mask")
+            editor.page.get_by_text("View details").first.click()
+            editor.page.get_by_text("Missing Models").first.wait_for(timeout=20_000)
+            shown = editor.page.evaluate("() => document.body.innerText")
+            assert "birefnet.safetensors\nbackground_removal\nDownload" in shown
+    finally:
+        (server.base / "models" / BIREFNET).touch()

@@ -1,0 +1,68 @@
+"""Translations and help pages cover exactly what the server says of the nodes, no more and no less."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from bootstrap import ROOT, comfyui_path
+from comfy_server import ComfyServer
+from PIL import Image
+
+pytestmark = pytest.mark.server
+LOCALES = sorted(path.name for path in (ROOT / "locales").iterdir())
+TRANSLATED_COMBOS = {"MoMALoadMLLM": {"precision"}, "MoMAExtractSubject": {"fit"}}
+"""Others list files, samplers and schedulers."""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    with ComfyServer(comfyui_path(), tmp_path_factory.mktemp("server")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def nodes(server: ComfyServer) -> dict[str, Any]:
+    return {name: node for name, node in server.object_info().items() if name.startswith("MoMA")}
+
+
+def inputs(node: dict[str, Any]) -> dict[str, Any]:
+    return {**node["input"].get("required", {}), **node["input"].get("optional", {})}
+
+
+def test_the_languages() -> None:
+    assert LOCALES == ["ja", "ko", "zh"]
+
+
+@pytest.mark.parametrize("locale", LOCALES)
+def test_a_translation_covers_the_schema(server: ComfyServer, nodes: dict[str, Any], locale: str) -> None:
+    served = json.loads(server.get("/i18n"))[locale]
+    translated = {name: value for name, value in served["nodeDefs"].items() if name.startswith("MoMA")}
+    assert set(translated) == set(nodes)
+    assert served["nodeCategories"]["MoMA"]
+    for name, node in nodes.items():
+        texts = translated[name]
+        assert texts["display_name"] != node["display_name"] and texts["description"]
+        assert set(texts["inputs"]) == set(inputs(node)), name
+        assert set(texts.get("outputs", {})) == {str(i) for i in range(len(node["output"]))}, name
+        for key, text in [*texts["inputs"].items(), *texts.get("outputs", {}).items()]:
+            assert text["name"] and re.search(r"[^\x00-\x7f]", text["tooltip"]), f"{name}.{key}"
+        combos = {key for key, text in texts["inputs"].items() if "options" in text}
+        assert combos == TRANSLATED_COMBOS.get(name, set())
+        for key in combos:
+            assert set(texts["inputs"][key]["options"]) == set(inputs(node)[key][1]["options"]), f"{name}.{key}"
+
+
+def test_every_help_page_shows_its_node_and_names_its_settings(server: ComfyServer, nodes: dict[str, Any]) -> None:
+    widgets = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+    for name, node in nodes.items():
+        page = server.get(f"/extensions/ComfyUI-MoMA/docs/{name}.md").decode()
+        assert page.startswith(f"# {node['display_name']}\n")
+        for key, spec in inputs(node).items():
+            if spec[0] in widgets or isinstance(spec[0], list):
+                assert f"`{key}`" in page, f"{name}.md does not name {key}"
+        for picture in re.findall(r"!\[.*?\]\((.*?)\)", page):
+            assert Image.open(ROOT / "web" / "docs" / picture).width > 200
+        assert f"(images/{name}.png)" in page
+        assert "|---" not in page, "the help panel is too narrow for tables"

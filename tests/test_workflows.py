@@ -1,0 +1,226 @@
+"""Every example workflow: its files agree with one another and with the nodes, and it runs to the end."""
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bootstrap import ROOT, comfyui_path
+from comfy_cli.workflow_to_api import convert_ui_to_api
+from comfy_server import ComfyServer, Prompt, PromptRefusedError, Run
+from comfyui_source import cache_dir
+from make_workflows import files
+from PIL import Image
+from random_weights import adapter_file, llava_folder, sd15_checkpoint
+from workflow_files import API, NAMES, NEWER_NODES, add_weights, api, known_to, small, workflow
+
+pytestmark = pytest.mark.server
+DATA = Path(__file__).parent / "data"
+OUTPUTS = ("SaveImage", "MoMASubjectMask", "MoMASaveSubject")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A server with random weights for every workflow, and the photograph."""
+    folder = tmp_path_factory.mktemp("models")
+    mllm = folder / "MoMA_llava_7b"
+    adapter_file(llava_folder(mllm))
+    models = {
+        "checkpoints/v1-5-pruned-emaonly-fp16.safetensors": sd15_checkpoint(cache_dir()),
+        "moma/MoMA_llava_7b": mllm,
+    }
+    with ComfyServer(comfyui_path(), tmp_path_factory.mktemp("server"), models) as started:
+        started.add_input(DATA / "subject" / "photo_masked.png")
+        yield started
+
+
+@pytest.fixture(scope="module")
+def info(server: ComfyServer) -> dict[str, Any]:
+    return server.object_info()
+
+
+@pytest.fixture(scope="module")
+def names(info: dict[str, Any]) -> list[str]:
+    """The workflows that this ComfyUI can have."""
+    return known_to(info)
+
+
+@pytest.fixture(scope="module")
+def weights(server: ComfyServer, tmp_path_factory: pytest.TempPathFactory) -> None:
+    add_weights(server, cache_dir(), tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def first(server: ComfyServer, weights: None) -> tuple[Prompt, Run]:
+    """new_context, which also saves the subject that other workflows load."""
+    prompt = small(api("new_context"))
+    return prompt, server.run(prompt)
+
+
+def pictures(server: ComfyServer, prompt: Prompt, run: Run, kind: str = "SaveImage") -> list[np.ndarray]:
+    """What the nodes of a class gave."""
+    nodes = [name for name, node in prompt.items() if node["class_type"] == kind]
+    return [np.asarray(Image.open(io.BytesIO(server.view(file)))) for node in nodes for file in run.files(node)]
+
+
+def inputs(prompt: Prompt, kind: str) -> dict[str, Any]:
+    (found,) = [node["inputs"] for node in prompt.values() if node["class_type"] == kind]
+    return dict(found)
+
+
+def test_the_workflows_are_in_the_template_browser_with_pictures(server: ComfyServer) -> None:
+    templates = json.loads(server.get("/workflow_templates"))["ComfyUI-MoMA"]
+    assert sorted(templates) == NAMES and len(NAMES) == 10
+    for name in NAMES:
+        picture = Image.open(io.BytesIO(server.get(f"/api/workflow_templates/ComfyUI-MoMA/{name}.jpg")))
+        assert picture.size == (768, 512)
+        assert (ROOT / "workflows" / f"{name}.jpg").stat().st_size < 400_000
+
+
+def test_the_files_are_what_the_descriptions_give(info: dict[str, Any], names: list[str]) -> None:
+    """After a change run scripts/make_workflows.py."""
+    if len(names) < len(NAMES):  # an old ComfyUI: the descriptions are for the newest one's nodes
+        return
+    for path, text in files(info).items():
+        assert path.read_text(encoding="utf-8") == text, f"{path} is out of date: run scripts/make_workflows.py"
+
+
+def test_each_workflow_converts_to_its_api_prompt(info: dict[str, Any], names: list[str]) -> None:
+    for name in names:
+        converted = convert_ui_to_api(workflow(name), info)
+        assert {k: (n["class_type"], n["inputs"]) for k, n in converted.items()} == {
+            k: (n["class_type"], n["inputs"]) for k, n in api(name).items()
+        }, name
+
+
+def test_notes_packs_and_downloads_are_in_the_files() -> None:
+    version = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split('\nversion = "')[1].split('"')[0]
+    for name in NAMES:
+        nodes = workflow(name)["nodes"]
+        assert [node["type"] for node in nodes].count("MarkdownNote") == 1
+        for node in nodes:
+            properties = node["properties"]
+            if node["type"].startswith("MoMA"):
+                assert (properties["cnr_id"], properties["ver"]) == ("moma", version)
+            for model in properties.get("models", []):
+                assert model["name"] in node["widgets_values"] and model["url"].endswith(model["name"].split("/")[-1])
+        with_models = {node["type"] for node in nodes if node["properties"].get("models")}
+        assert {"CheckpointLoaderSimple", "MoMALoadAdapter"} <= with_models
+
+
+def test_the_workflows_pass_comfy_clis_validation(
+    info: dict[str, Any], weights: None, server: ComfyServer, tmp_path: Path
+) -> None:
+    known = tmp_path / "object_info.json"
+    fresh = server.object_info()
+    known.write_text(json.dumps(fresh))
+    for name in known_to(fresh):
+        if any(node["class_type"] == "MoMALoadSubject" for node in api(name).values()):
+            continue  # its file is there only after a run
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(small(api(name))))
+        command = [sys.executable, "-m", "comfy_cli", "--skip-prompt", "workflow", "validate"]
+        command += ["--workflow", str(path), "--input", str(known)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, f"{name}: {result.stdout}{result.stderr}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "strength_study"])
+def test_each_workflow_runs_to_the_end(
+    server: ComfyServer, first: tuple[Prompt, Run], name: str, names: list[str]
+) -> None:
+    if name not in names:
+        assert name in NEWER_NODES
+        return
+    prompt = small(api(name))
+    run = server.run(prompt)
+    wanted = {node for node, content in prompt.items() if content["class_type"] in OUTPUTS}
+    assert wanted <= set(run.outputs)
+    found = pictures(server, prompt, run)
+    assert len(found) == sum(node["class_type"] == "SaveImage" for node in prompt.values())
+    assert all(picture.std() > 1 for picture in found)
+    assert "lora key not loaded" not in server.log() and "missing background removal" not in server.log()
+    if name == "hires_fix":
+        assert found[0].shape == (256, 256, 3)
+    if name == "prompts":
+        assert len({picture.tobytes() for picture in found}) == 3
+
+
+@pytest.mark.slow
+def test_extras_change_the_picture(server: ComfyServer, first: tuple[Prompt, Run], names: list[str]) -> None:
+    """The random ControlNet and LoRA are loaded and act."""
+    pose = small(api("pose"))
+    (applied,) = [node for node in pose.values() if node["class_type"] == "ControlNetApplyAdvanced"]
+    style = small(api("style_lora"))
+    (lora,) = [node for node in style.values() if node["class_type"] == "LoraLoader"]
+    for prompt, changed, name in ((pose, applied, "strength"), (style, lora, "strength_model")):
+        with_extra = pictures(server, prompt, server.run(prompt))[0]
+        changed["inputs"][name] = 0.0
+        assert not np.array_equal(with_extra, pictures(server, prompt, server.run(prompt))[0])
+
+
+@pytest.mark.slow
+def test_the_blueprint_gives_what_new_context_gives(server: ComfyServer, first: tuple[Prompt, Run]) -> None:
+    prompt: Prompt = json.loads((API / "blueprint" / "personalize.json").read_text())
+    prompt["2"] = {"class_type": "LoadImage", "inputs": {"image": "photo_masked.png"}, "_meta": {"title": ""}}
+    (extract,) = [node for node in prompt.values() if node["class_type"] == "MoMAExtractSubject"]
+    (decode,) = [name for name, node in prompt.items() if node["class_type"] == "VAEDecode"]
+    extract["inputs"] |= {"image": ["2", 0], "mask": ["2", 1]}
+    prompt["3"] = {"class_type": "SaveImage", "inputs": {"images": [decode, 0], "filename_prefix": "b"}, "_meta": {}}
+    found = pictures(server, prompt, server.run(small(prompt)))
+    assert np.array_equal(found[0], pictures(server, *first)[0])
+
+
+@pytest.mark.slow
+def test_each_cell_of_the_study_is_the_picture_of_those_numbers(server: ComfyServer, first: tuple[Prompt, Run]) -> None:
+    prompt = small(api("strength_study"))
+    (name,) = [name for name, node in prompt.items() if node["class_type"] == "MoMAStrengthStudy"]
+    (saver,) = [node for node in prompt.values() if node["class_type"] == "SaveImage"]
+    saver["inputs"]["images"] = [name, 1]
+    prompt[name]["inputs"] |= {"strengths": "0.4, 1.0", "weights": "1.0", "steps": 1}
+    low, high = pictures(server, prompt, server.run(prompt))
+    assert np.array_equal(high, pictures(server, *first)[0]) and not np.array_equal(low, high)
+    prompt[name]["inputs"]["strengths"] = "0.4, 1.0, 0.0"
+    saver["inputs"]["images"] = [name, 0]
+    run = server.run(prompt)
+    assert sum(".sampler-" in node for node in run.executed) == 1
+    (sheet,) = pictures(server, prompt, run)
+    assert sheet.shape[1] > 3 * 128 and sheet.shape[0] > 128
+
+
+def test_a_study_that_makes_no_sense_is_refused_before_it_runs(server: ComfyServer) -> None:
+    prompt = small(api("strength_study"))
+    (study,) = [node for node in prompt.values() if node["class_type"] == "MoMAStrengthStudy"]
+    study["inputs"]["strengths"] = "0.4 1.0"
+    with pytest.raises(PromptRefusedError, match=r"strengths: '0\.4 1\.0' is not a number\. Write numbers from 0 to 2"):
+        server.queue(prompt)
+
+
+@pytest.mark.slow
+def test_the_mask_is_shown_live_and_changes_nothing(server: ComfyServer, first: tuple[Prompt, Run]) -> None:
+    prompt = small(api("new_context"), steps=2)
+    plain = pictures(server, prompt, server.run(prompt))[0]
+    (name,) = [name for name, node in prompt.items() if node["class_type"] == "MoMAApplyAdapter"]
+    prompt[name]["inputs"]["show_mask"] = True
+    run = server.run(prompt)
+    assert np.array_equal(pictures(server, prompt, run)[0], plain)
+    shown = [picture for node, picture in run.previews if node == name]
+    assert shown and Image.open(io.BytesIO(shown[0])).size == (128, 128)
+    texts = [text for _, text in run.texts]
+    assert any("MoMA looks at the reference: cup" in text for text in texts)
+    assert any("[cup]" in text for text in texts) == ("[cup]" in str(first[1].outputs))
+
+
+@pytest.mark.slow
+def test_the_reference_is_shown_as_the_mllm_saw_it(server: ComfyServer, first: tuple[Prompt, Run]) -> None:
+    (seen,) = pictures(server, *first, "MoMAExtractSubject")
+    assert seen.shape == (512, 1032, 3)
+    assert (seen == np.array([255, 0, 200])).all(axis=2).sum() > 1000
+    (text,) = [out["text"][0] for out in first[1].outputs.values() if "text" in out]
+    assert text.startswith("photo of a [cup]. a [cup] on a beach at sunset.")
