@@ -1,6 +1,6 @@
 """The MoMA adapter as a module in ComfyUI's memory management."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_file import IMAGE_TOKENS, LAYER_COUNT, AdapterWeights, read_adapter
+from .comfy_bridge.reference_cache import ReferenceCache
 
 
 class Projector(nn.Module):
@@ -81,6 +82,7 @@ class Adapter:
         identity: Content hash, see `AdapterWeights.identity`.
         scales: `scale_learnable` per self-attention layer (16).
         layer_sizes: Channels per attention layer (32).
+        reference_cache: Results of reference passes that went through this adapter.
     """
 
     patcher: comfy.model_patcher.ModelPatcher
@@ -91,6 +93,7 @@ class Adapter:
     embedding_size: int
     context_size: int
     hidden_size: int
+    reference_cache: ReferenceCache = field(default_factory=ReferenceCache, compare=False)
 
     @property
     def module(self) -> AdapterModule:

@@ -2,8 +2,9 @@
 
 import hashlib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ LAYER_COUNT = 32
 IMAGE_TOKENS = 4
 ADAPTER_SUFFIXES = (".safetensors", ".th")
 
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+_GROUPS = ("projectors", "self_cross_attentions", "llm_mapping")
 _PROJECTOR_KEYS = ("proj.weight", "proj.bias", "norm.weight", "norm.bias")
 _MAPPING_KEYS = ("mapping.gate_proj.weight", "mapping.up_proj.weight", "mapping.down_proj.weight")
 
@@ -96,11 +99,11 @@ def is_adapter_safetensors(path: Path) -> bool:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
+            # A checkpoint of many gigabytes is refused by its names, before it is read.
+            sources = _sources(file.keys(), path)
+            return _usable({key: file.get_tensor(name) for key, name in sources.items()}, path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable .safetensors file: {error}") from error
-    return _needed(tensors, path)
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -108,51 +111,63 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         groups = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} was refused: it is truncated, not a PyTorch file, or holds code instead of weights ({error})."
+            # PyTorch's own words are left out: they advise to load the file without this protection.
+            f"{path} was refused: it is truncated, not a PyTorch file, or holds code instead of weights. Nothing in it "
+            "was run. Download it again from its source."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is not a readable PyTorch file (truncated download?): {error}") from error
+    except Exception as error:  # a broken pickle makes the reader fail in any way
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path} is not a readable PyTorch file (truncated download?): {reason[:300]}") from error
     if not isinstance(groups, Mapping):
         raise ValueError(f"{path} holds a {type(groups).__name__}, not the groups of a MoMA adapter.")
-    missing = [name for name in ("projectors", "self_cross_attentions", "llm_mapping") if name not in groups]
+    missing = [name for name in _GROUPS if name not in groups]
     if missing:
-        found = ", ".join(map(str, list(groups)[:8])) or "nothing"
-        raise ValueError(f"{path} is not a MoMA adapter: group {missing[0]!r} is missing (found: {found}).")
+        raise ValueError(f"{path} is not a MoMA adapter: group {missing[0]!r} is missing (found: {_listed(groups)}).")
     flat: dict[str, object] = {}
-    for group in ("projectors", "self_cross_attentions", "llm_mapping"):
+    for group in _GROUPS:
         if not isinstance(groups[group], Mapping):
             raise ValueError(f"{path}: group {group!r} holds a {type(groups[group]).__name__}, not named tensors.")
-        flat |= {f"{group}.{key}": value for key, value in groups[group].items()}
-    return _needed(flat, path)
+        flat |= {f"{group}.{key}": value for key, value in groups[group].items() if isinstance(key, str)}
+    return _usable({key: flat[name] for key, name in _sources(flat, path).items()}, path)
 
 
-def _needed(tensors: Mapping[str, object], path: Path) -> dict[str, Tensor]:
-    """Pick the needed keys under their canonical names; extra keys are ignored, as the released loader does."""
+def _sources(names: Collection[str], path: Path) -> dict[str, str]:
+    """The file's name of each needed key; extra keys are ignored, as the released loader does."""
+    if not any(name.startswith("projectors.") for name in names):
+        raise ValueError(f"{path} is not a MoMA adapter: group 'projectors' is missing (found: {_listed(names)}).")
     wanted = {f"projectors.{key}": f"projectors.{key}" for key in _PROJECTOR_KEYS}
     for i in range(LAYER_COUNT):
-        names = ["to_k_ip.weight", "to_v_ip.weight"] + (["scale_learnable"] if i % 2 == 0 else [])
-        wanted |= {f"self_cross_attentions.{i}.{n}": f"self_cross_attentions.{i}.{n}" for n in names}
+        parts = ["to_k_ip.weight", "to_v_ip.weight"] + (["scale_learnable"] if i % 2 == 0 else [])
+        wanted |= {f"self_cross_attentions.{i}.{part}": f"self_cross_attentions.{i}.{part}" for part in parts}
     for key in _MAPPING_KEYS:
         # The released file prefixes these with the module path they were trained under.
-        matches = [name for name in tensors if name.startswith("llm_mapping.") and name.endswith(key)]
+        matches = [name for name in names if name.startswith("llm_mapping.") and name.endswith(key)]
         wanted[f"llm_mapping.{key}"] = matches[0] if matches else f"llm_mapping.{key}"
-    picked = {}
-    for canonical, name in wanted.items():
-        value = tensors.get(name)
-        if value is None:
-            raise ValueError(f"{path} is not a complete MoMA adapter: key {name!r} is missing.")
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise ValueError(f"{path}: key {name!r} should be a floating-point tensor, found {_describe(value)}.")
-        picked[canonical] = value.detach()
-    return picked
+    missing = [name for name in wanted.values() if name not in names]
+    if missing:
+        raise ValueError(f"{path} is not a complete MoMA adapter: key {missing[0]!r} is missing.")
+    return wanted
+
+
+def _usable(values: Mapping[str, object], path: Path) -> dict[str, Tensor]:
+    """Check that each is a plain tensor of real numbers, all of them in the file."""
+    usable = {}
+    for key, value in values.items():
+        if not isinstance(value, Tensor) or value.dtype not in _DTYPES:
+            raise ValueError(f"{path}: key {key!r} should be a floating-point tensor, found {_describe(value)}.")
+        if value.layout != torch.strided or value.device.type != "cpu":
+            raise ValueError(f"{path}: key {key!r} is a tensor of a kind without plain values ({_describe(value)}).")
+        if value.nbytes > value.untyped_storage().nbytes():
+            raise ValueError(f"{path}: key {key!r} claims {_describe(value)}, but the file holds fewer values.")
+        usable[key] = value.detach()
+    return usable
 
 
 def _checked(raw: dict[str, Tensor], path: Path) -> AdapterWeights:
     """Check every shape against the sizes the file itself implies (SPEC: the adapter file)."""
-    context = raw["projectors.norm.weight"].shape[0]
-    _expect(raw, "projectors.norm.weight", (context,), path)
-    embedding = _width(raw, "projectors.proj.weight", path)
-    hidden = _width(raw, "llm_mapping.mapping.gate_proj.weight", path)
+    context = _size(raw, "projectors.norm.weight", 1, 0, path)
+    embedding = _size(raw, "projectors.proj.weight", 2, 1, path)
+    hidden = _size(raw, "llm_mapping.mapping.gate_proj.weight", 2, 1, path)
     shapes: dict[str, tuple[int, ...]] = {
         "projectors.proj.weight": (IMAGE_TOKENS * context, embedding),
         "projectors.proj.bias": (IMAGE_TOKENS * context,),
@@ -162,7 +177,7 @@ def _checked(raw: dict[str, Tensor], path: Path) -> AdapterWeights:
         "llm_mapping.mapping.down_proj.weight": (embedding, embedding),
     }
     for i in range(LAYER_COUNT):
-        channels = raw[f"self_cross_attentions.{i}.to_k_ip.weight"].shape[0]
+        channels = _size(raw, f"self_cross_attentions.{i}.to_k_ip.weight", 2, 0, path)
         width = channels if i % 2 == 0 else context
         shapes[f"self_cross_attentions.{i}.to_k_ip.weight"] = (channels, width)
         shapes[f"self_cross_attentions.{i}.to_v_ip.weight"] = (channels, width)
@@ -194,15 +209,22 @@ def _identity(raw: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _width(raw: dict[str, Tensor], key: str, path: Path) -> int:
-    if raw[key].ndim != 2:
-        raise ValueError(f"{path}: key {key!r} should have 2 dimensions, found shape {tuple(raw[key].shape)}.")
-    return raw[key].shape[1]
+def _size(raw: dict[str, Tensor], key: str, dimensions: int, which: int, path: Path) -> int:
+    """One size of a tensor, which must have so many dimensions and not be empty."""
+    shape = tuple(raw[key].shape)
+    if len(shape) != dimensions or 0 in shape:
+        raise ValueError(f"{path}: key {key!r} has shape {shape}, expected {dimensions} dimension(s), none of size 0.")
+    return shape[which]
 
 
 def _expect(raw: dict[str, Tensor], key: str, shape: tuple[int, ...], path: Path) -> None:
     if tuple(raw[key].shape) != shape:
         raise ValueError(f"{path}: key {key!r} has shape {tuple(raw[key].shape)}, expected {shape}.")
+
+
+def _listed(names: Iterable[object]) -> str:
+    """The first few names, for a message."""
+    return ", ".join(name[:60] for name in islice(names, 8) if isinstance(name, str)) or "nothing"
 
 
 def _describe(value: object) -> str:

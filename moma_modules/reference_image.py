@@ -13,72 +13,78 @@ FITS = ("squash", "pad", "crop")
 
 
 @dataclass(frozen=True)
-class Reference:
-    """The reference picture: `image` [512, 512, 3] uint8, `mask` [512, 512] bool."""
+class References:
+    """N reference pictures: `images` [N, 512, 512, 3] uint8, `masks` [N, 512, 512] bool."""
 
-    image: Tensor
-    mask: Tensor
+    images: Tensor
+    masks: Tensor
 
 
-def prepare_reference(image: Tensor, mask: Tensor | None, fit: str = "squash") -> Reference:
-    """Make the reference from an IMAGE and a MASK.
+def prepare_references(image: Tensor, mask: Tensor | None, fit: str = "squash") -> References:
+    """Make the references from an IMAGE and a MASK.
 
     Args:
-        image: [1, H, W, C] or [H, W, C] in 0..1; C may be 1 (grey), 2 (grey, alpha), 3 or 4 (RGBA).
-        mask: [1, h, w] or [h, w] in 0..1, 1 on the subject, of any size (it is stretched over the image). None: the
+        image: [N, H, W, C] or [H, W, C] in 0..1; C may be 1 (grey), 2 (grey, alpha), 3 or 4 (RGBA).
+        mask: [N, h, w] or [h, w] in 0..1, 1 on the subject, of any size (it is stretched over the image). None: the
             image's alpha channel if it has one, else the whole picture.
         fit: One of `FITS`: "squash" ignores the aspect ratio, "pad" adds white, "crop" cuts around the subject.
 
     Raises:
-        ValueError: Naming the input: more than one picture, a wrong shape, NaN, or an empty mask.
+        ValueError: Naming the input: no picture, another number of masks than of pictures, a wrong shape, NaN, or an
+            empty mask.
     """
-    pixels = _picture(image)
+    if fit not in FITS:
+        raise ValueError(f"fit is {fit!r}; choose one of {', '.join(FITS)}.")
+    pictures = _pictures(image)
+    masks = [None] * len(pictures) if mask is None else _masks(mask, len(pictures))
+    squares = [_square(one, stencil, fit) for one, stencil in zip(pictures, masks, strict=True)]
+    empty = [i for i, (_, inside) in enumerate(squares) if not inside.any()]
+    if empty:
+        which = "" if len(squares) == 1 else f" for picture {empty[0] + 1} of {len(squares)}"
+        raise ValueError(
+            f"mask is empty{which}: no pixel is marked as the subject. Paint the subject in the mask editor, or "
+            "connect a background-removal mask. (Load Image gives an all-black mask for a picture without "
+            "transparency; for a cut-out PNG, invert its mask: there 1 is the transparent part.)"
+        )
+    images, insides = (torch.from_numpy(np.stack(part)) for part in zip(*squares, strict=True))
+    return References(images, insides)
+
+
+def _square(pixels: Tensor, mask: np.ndarray | None, fit: str) -> tuple[np.ndarray, np.ndarray]:
+    """One picture [H, W, C] and its mask [h, w] uint8 to [512, 512, 3] uint8 and [512, 512] bool."""
     colours, alpha = _split_alpha(pixels)
-    chosen = alpha if mask is None else _mask(mask)
+    chosen = alpha if mask is None else mask
     picture = Image.fromarray(colours, "RGB")
     if chosen is None:
         chosen = np.full(colours.shape[:2], 255, np.uint8)
     stencil = Image.fromarray(chosen, "L")
-    if fit not in FITS:
-        raise ValueError(f"fit is {fit!r}; choose one of {', '.join(FITS)}.")
     if fit != "squash":
         stencil = stencil.resize(picture.size, Image.Resampling.BILINEAR)
         picture, stencil = (_pad if fit == "pad" else _crop)(picture, stencil)
     size = (SIZE, SIZE)
     square = np.asarray(picture.resize(size, Image.Resampling.BILINEAR))
     inside = np.asarray(stencil.resize(size, Image.Resampling.BILINEAR)) > 0
-    if not inside.any():
+    return square, inside
+
+
+def _pictures(image: Tensor) -> list[Tensor]:
+    batch = image[None] if image.ndim == 3 else image
+    if batch.ndim != 4 or batch.shape[3] not in (1, 2, 3, 4) or 0 in batch.shape:
+        raise ValueError(f"image has shape {tuple(image.shape)}; expected [pictures, height, width, 1 to 4 channels].")
+    return list(_finite(batch, "image"))
+
+
+def _masks(mask: Tensor, pictures: int) -> list[np.ndarray]:
+    batch = mask[:, 0] if mask.ndim == 4 and mask.shape[1] == 1 else mask
+    batch = batch[None] if batch.ndim == 2 else batch
+    if batch.ndim != 3 or 0 in batch.shape:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}; expected [masks, height, width].")
+    if batch.shape[0] != pictures:
         raise ValueError(
-            "mask is empty: no pixel is marked as the subject. Paint the subject in the mask editor, or connect a "
-            "background-removal mask. (Load Image gives an all-black mask for a picture without transparency; for a "
-            "cut-out PNG, invert its mask: there 1 is the transparent part.)"
+            f"mask holds {batch.shape[0]} mask(s), image {pictures} picture(s); each reference picture needs its own. "
+            "Pictures with masks of their own can be extracted one by one and joined with Combine MoMA Subjects."
         )
-    return Reference(torch.from_numpy(square.copy()), torch.from_numpy(inside.copy()))
-
-
-def _picture(image: Tensor) -> Tensor:
-    if image.ndim == 4:
-        if image.shape[0] != 1:
-            raise ValueError(
-                f"image has {image.shape[0]} pictures; a subject is extracted from one. Choose it with "
-                "'ImageFromBatch', or give each its own Extract Subject Features node."
-            )
-        image = image[0]
-    if image.ndim != 3 or image.shape[2] not in (1, 2, 3, 4) or 0 in image.shape:
-        raise ValueError(f"image has shape {tuple(image.shape)}; expected [height, width, 1 to 4 channels].")
-    return _finite(image, "image")
-
-
-def _mask(mask: Tensor) -> np.ndarray:
-    if mask.ndim == 4 and mask.shape[1] == 1:
-        mask = mask[:, 0]
-    if mask.ndim == 3:
-        if mask.shape[0] != 1:
-            raise ValueError(f"mask has {mask.shape[0]} masks; one is needed, for the one reference picture.")
-        mask = mask[0]
-    if mask.ndim != 2 or 0 in mask.shape:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}; expected [height, width].")
-    return _bytes(_finite(mask, "mask"))
+    return [_bytes(one) for one in _finite(batch, "mask")]
 
 
 def _finite(values: Tensor, name: str) -> Tensor:

@@ -2,48 +2,62 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad, scaled_dot_product_attention
 
 THRESHOLD = 0.2
 
 
-def token_attention(q: Tensor, k: Tensor, tokens: Tensor, heads: int) -> Tensor:
-    """Attention probability that falls on chosen text tokens, mean over heads.
+def token_values(tokens: Tensor, heads: int, head_size: int, dtype: torch.dtype) -> Tensor:
+    """Attention values that stand for the subjects: 1 at a subject's tokens, in the column of that subject.
 
     Args:
-        q: Queries [R, T, heads * d].
-        k: Text keys [R, L, heads * d].
         tokens: Weight of each text token for each subject [R, S, L], 0 or 1.
 
     Returns:
-        [R, S, T] float32, in 0..1 where tokens do not repeat.
+        [R, heads, L, head_size], wider if there are more subjects than that.
     """
-    rows, count, width = q.shape
-    queries = q.view(rows, count, heads, width // heads).transpose(1, 2)
-    keys = k.view(rows, k.shape[1], heads, width // heads).transpose(1, 2)
-    scores = (queries @ keys.transpose(-1, -2)).float() * (width // heads) ** -0.5
-    chosen = scores.softmax(dim=-1) @ tokens.float().transpose(1, 2).unsqueeze(1)
-    return chosen.mean(dim=1).transpose(1, 2)
+    columns = tokens.transpose(1, 2).to(dtype)
+    padded = pad(columns, (0, max(head_size - columns.shape[2], 0)))
+    return padded[:, None].expand(-1, heads, -1, -1).contiguous()
 
 
-def min_max(values: Tensor) -> Tensor:
-    """Scale the last dimension to 0..1; a constant one becomes 0."""
-    low = values.amin(dim=-1, keepdim=True)
-    span = values.amax(dim=-1, keepdim=True) - low
+def token_attention(q: Tensor, k: Tensor, values: Tensor, subjects: int) -> Tensor:
+    """Attention probability that falls on the subjects' text tokens, mean over heads.
+
+    Attention to `token_values` sums exactly these probabilities, in a fused kernel that never stores the others.
+
+    Args:
+        q: Queries [R, T, heads * head_size].
+        k: Text keys [R, L, heads * head_size].
+        values: From `token_values`.
+        subjects: S.
+
+    Returns:
+        [R, T, S] in 0..1 where tokens do not repeat.
+    """
+    heads = values.shape[1]
+    queries, keys = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k))
+    return scaled_dot_product_attention(queries, keys, values)[..., :subjects].mean(dim=1)
+
+
+def min_max(values: Tensor, dim: int) -> Tensor:
+    """Scale a dimension to 0..1; a constant one becomes 0."""
+    low, high = torch.aminmax(values, dim=dim, keepdim=True)
+    span = high - low
     return (values - low) / torch.where(span > 0, span, 1.0)
 
 
-def layer_map(attention: Tensor, layer_size: tuple[int, int], latent_size: tuple[int, int]) -> Tensor:
-    """One layer's contribution: min-max normalised per row, then resized nearest.
+def layer_maps(attention: list[Tensor], layer_size: tuple[int, int], latent_size: tuple[int, int]) -> Tensor:
+    """What layers of one size contribute together: each min-max normalised per row, summed, resized nearest.
 
     Args:
-        attention: [R, S, h * w] of a layer.
+        attention: Per layer [R, h * w, S], see `token_attention`.
 
     Returns:
-        [R, S, H, W] in 0..1 at latent size.
+        [R, S, H, W] float32 in 0..len(attention) at latent size.
     """
-    rows, subjects, _ = attention.shape
-    return interpolate(min_max(attention).view(rows, subjects, *layer_size), size=latent_size, mode="nearest")
+    total = min_max(torch.stack(attention).float(), dim=2).sum(dim=0)
+    return interpolate(total.transpose(1, 2).unflatten(2, layer_size), size=latent_size, mode="nearest")
 
 
 def subject_mask(maps: Tensor, covered: Tensor) -> Tensor:

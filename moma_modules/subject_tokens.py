@@ -1,6 +1,7 @@
 """Finding a subject's tokens in a tokenised prompt."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,9 @@ PROMPT_TEMPLATE = "photo of a {subject}. {prompt}"
 
 def fill_template(template: str, subject: str, prompt: str) -> str:
     """Put subject and prompt into `template`; other braces are left alone (they are prompt syntax)."""
-    return template.replace("{subject}", subject).replace("{prompt}", prompt)
+    values = {"{subject}": subject, "{prompt}": prompt}
+    # In one pass: a "{prompt}" that a user writes into a subject or prompt is text.
+    return re.sub(r"\{(?:subject|prompt)\}", lambda found: values[found[0]], template)
 
 
 def find_subject(prompt_chunks: Sequence, word_chunks: Sequence[Sequence]) -> tuple[int, ...]:

@@ -3,17 +3,19 @@
 from comfy_api.latest import ComfyExtension, io
 
 from ..moma_modules.comfy_bridge.folders import register_folders
-from .conditioning import TextEncode
+from .conditioning import MarkSubject, TextEncode
 from .loaders import LoadAdapter, LoadMllm
 from .mask import SubjectMask
 from .patches import ApplyAdapter, SelfAttnShortcut
-from .subject import ExtractSubject, LoadSubject, SaveSubject
+from .subject import CombineSubjects, ExtractSubject, LoadSubject, SaveSubject
 
 NODES: list[type[io.ComfyNode]] = [
     LoadMllm,
     LoadAdapter,
     ExtractSubject,
+    CombineSubjects,
     TextEncode,
+    MarkSubject,
     ApplyAdapter,
     SelfAttnShortcut,
     SubjectMask,

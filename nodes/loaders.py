@@ -3,12 +3,15 @@
 import os
 from pathlib import Path
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..moma_modules.adapter import load_adapter
 from ..moma_modules.comfy_bridge import folders
+from ..moma_modules.comfy_bridge.node_text import show_at_node
 from ..moma_modules.mllm.checkpoint import find_checkpoints
-from ..moma_modules.mllm.model import PRECISIONS, load_mllm
+from ..moma_modules.mllm.identity import checkpoint_files
+from ..moma_modules.mllm.model import load_mllm
+from ..moma_modules.mllm.precision import PRECISIONS
 from .types import CATEGORY, SEARCH_ALIASES, MomaAdapter, MomaMllm
 
 
@@ -31,7 +34,8 @@ class LoadMllm(io.ComfyNode):
             category=CATEGORY,
             search_aliases=SEARCH_ALIASES,
             description="Loads the multimodal language model (MoMA's LLaVA-1.5 7B) that looks at the reference. "
-            "It is needed only to extract subjects; saved subjects work without it.",
+            "It is needed only to extract subjects; saved subjects work without it. Its weights are read when the "
+            "first extraction needs them.",
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -42,12 +46,14 @@ class LoadMllm(io.ComfyNode):
                     "precision",
                     options=list(PRECISIONS),
                     default="auto",
-                    tooltip="auto keeps the file's 16-bit weights and computes in what the device is fast at. "
-                    "fp32 is exact and takes twice the memory.",
+                    tooltip="auto: the file's weights, streamed to the card where they do not fit, in what the device "
+                    "computes fast; fp8 only if they fit nowhere. bf16, fp16, fp32: what to compute in. fp8: half the "
+                    "memory. 8-bit, 4-bit: a half and a third, with bitsandbytes, which is yours to install.",
                     advanced=True,
                 ),
             ],
             outputs=[MomaMllm.Output("mllm", display_name="mllm", tooltip="For Extract Subject Features.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -60,12 +66,14 @@ class LoadMllm(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, precision: str) -> str:
-        files = sorted(path for path in _mllm_folder(model_name).iterdir() if path.is_file())
+        files = checkpoint_files(_mllm_folder(model_name))
         return repr([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
 
     @classmethod
     def execute(cls, model_name: str, precision: str) -> io.NodeOutput:
-        return io.NodeOutput(load_mllm(_mllm_folder(model_name), precision))
+        mllm = load_mllm(_mllm_folder(model_name), precision)
+        show_at_node(mllm.plan.summary, cls.hidden.unique_id)
+        return io.NodeOutput(mllm, ui=ui.PreviewText(mllm.plan.summary))
 
 
 class LoadAdapter(io.ComfyNode):

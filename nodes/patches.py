@@ -128,7 +128,7 @@ class SelfAttnShortcut(io.ComfyNode):
                 io.Model.Input("model", tooltip="An SD1.5 model, before or after Apply MoMA Adapter."),
                 MomaAdapter.Input("adapter", tooltip="From Load MoMA Adapter."),
                 MomaSubject.Input("subject", tooltip="From Extract Subject Features or Load MoMA Subject."),
-                io.Vae.Input("vae", tooltip="The VAE of the SD1.5 checkpoint; encodes the reference picture."),
+                io.Vae.Input("vae", tooltip="The VAE of the SD1.5 checkpoint; encodes the reference pictures."),
                 io.Clip.Input("clip", tooltip="The CLIP of the SD1.5 checkpoint; encodes the subject word."),
                 io.Float.Input(
                     "strength",
@@ -170,11 +170,11 @@ class SelfAttnShortcut(io.ComfyNode):
         region_mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         settings = _check(model, adapter, subject)
-        latent = vae.encode(subject.image[None].float() / 255).detach().to("cpu", torch.float32)
+        latent = vae.encode(subject.images.float() / 255).detach().to("cpu", torch.float32)
         if latent.ndim != 4 or latent.shape[1] != 4 or not latent.isfinite().all():
             raise ValueError(
-                f"vae gave a latent of shape {tuple(latent.shape)} for the reference picture, or NaN. Connect the VAE "
-                "of an SD1.5 checkpoint (with NaN: start ComfyUI with --fp32-vae)."
+                f"vae gave a latent of shape {tuple(latent.shape)} for the reference picture(s), or NaN. Connect the "
+                "VAE of an SD1.5 checkpoint (with NaN: start ComfyUI with --fp32-vae)."
             )
         part = Shortcut(
             latent=latent,

@@ -1,16 +1,21 @@
-"""Extract Subject Features, Save MoMA Subject, Load MoMA Subject."""
+"""Extract Subject Features, Combine MoMA Subjects, Save MoMA Subject, Load MoMA Subject."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import folder_paths
+import torch
 from comfy_api.latest import io
 
+from ..moma_modules.adapter import Adapter
 from ..moma_modules.comfy_bridge import folders
+from ..moma_modules.comfy_bridge.saving import check_prefix, save_numbered
+from ..moma_modules.comfy_bridge.text import plain_text
 from ..moma_modules.mllm.encode import subject_hidden_state
-from ..moma_modules.reference_image import FITS, prepare_reference
-from ..moma_modules.subject import Subject, load_subject, save_subject
+from ..moma_modules.mllm.hidden_state_cache import HiddenStateCache
+from ..moma_modules.mllm.model import Mllm
+from ..moma_modules.reference_image import FITS, prepare_references
+from ..moma_modules.subject import Subject, combine_subjects, load_subject
 from .types import CATEGORY, SEARCH_ALIASES, MomaAdapter, MomaMllm, MomaSubject
 
 
@@ -31,7 +36,8 @@ class ExtractSubject(io.ComfyNode):
                 MomaAdapter.Input("adapter", tooltip="From Load MoMA Adapter."),
                 io.Image.Input(
                     "image",
-                    tooltip="One reference picture. Grey and transparent pictures are fine. It becomes 512x512.",
+                    tooltip="The reference picture, or a batch of pictures of one subject. Grey and transparent "
+                    "pictures are fine. Each becomes 512x512.",
                 ),
                 io.String.Input(
                     "subject",
@@ -54,11 +60,20 @@ class ExtractSubject(io.ComfyNode):
                     "or crop around the subject.",
                     advanced=True,
                 ),
+                io.Boolean.Input(
+                    "cache",
+                    default=True,
+                    optional=True,
+                    tooltip="Keep what the MLLM makes of this picture, subject and prompt in a small file in ComfyUI's "
+                    "user folder, so that it never runs twice for the same, also after a restart. Off: run it again.",
+                    advanced=True,
+                ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="1 on the subject; any size. Unconnected: the picture's transparency, or else the whole "
-                    "picture. For the MASK of a cut-out PNG from Load Image, invert it first.",
+                    tooltip="1 on the subject; any size; one for each picture. Unconnected: the picture's "
+                    "transparency, or else the whole picture. For the MASK of a cut-out PNG from Load Image, invert it "
+                    "first.",
                 ),
             ],
             outputs=[
@@ -72,22 +87,62 @@ class ExtractSubject(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, mllm: Any, adapter: Any, image: Any, subject: str, prompt: str, fit: str, mask: Any = None
+        cls,
+        mllm: Mllm,
+        adapter: Adapter,
+        image: Any,
+        subject: str,
+        prompt: str,
+        fit: str,
+        cache: bool = True,
+        mask: Any = None,
     ) -> io.NodeOutput:
         word = " ".join(subject.split())
-        if not word:
+        if not plain_text(word).strip():
             raise ValueError("subject is empty: give the word for what is in the picture, as in 'car'.")
         if mllm.hidden_size != adapter.hidden_size:
             raise ValueError(
                 f"adapter {adapter.name} takes hidden states of size {adapter.hidden_size}, but mllm {mllm.name} has "
                 f"{mllm.hidden_size}: they do not belong together. Use both files of the MoMA release."
             )
-        reference = prepare_reference(image, mask, fit)
-        hidden = subject_hidden_state(mllm, reference.image.numpy(), reference.mask.numpy(), word, prompt)
-        embedding = adapter.map_hidden_state(hidden)
+        references = prepare_references(image, mask, fit)
+        spoken = plain_text(word), plain_text(prompt)  # emphasis is for CLIP; the MLLM reads words
+        hidden_state = HiddenStateCache(folders.hidden_states()).hidden_state if cache else subject_hidden_state
+        try:
+            hidden = [
+                hidden_state(mllm, one, inside, *spoken)
+                for one, inside in zip(references.images.numpy(), references.masks.numpy(), strict=True)
+            ]
+        finally:
+            mllm.leave_device()
+        embedding = torch.stack([adapter.map_hidden_state(one) for one in hidden]).mean(dim=0)
         if not embedding.isfinite().all():
             raise ValueError(f"mllm {mllm.name} gave NaN for this picture and prompt; choose precision bf16 or fp32.")
-        return io.NodeOutput(Subject(embedding, word, prompt, reference.image, reference.mask, adapter.identity))
+        return io.NodeOutput(Subject(embedding, word, prompt, references.images, references.masks, adapter.identity))
+
+
+class CombineSubjects(io.ComfyNode):
+    """Several references of one subject."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MoMACombineSubjects",
+            display_name="Combine MoMA Subjects",
+            category=CATEGORY,
+            search_aliases=SEARCH_ALIASES,
+            description="Makes one subject from several pictures of the same thing: the features are averaged, and the "
+            "shortcut looks at all pictures. Chain it for more than two.",
+            inputs=[
+                MomaSubject.Input("subject_a", tooltip="From Extract Subject Features, Load or Combine MoMA Subjects."),
+                MomaSubject.Input("subject_b", tooltip="The same subject (same word, same adapter) in other pictures."),
+            ],
+            outputs=[MomaSubject.Output("subject", display_name="subject", tooltip="Used as any other subject.")],
+        )
+
+    @classmethod
+    def execute(cls, subject_a: Subject, subject_b: Subject) -> io.NodeOutput:
+        return io.NodeOutput(combine_subjects(subject_a, subject_b))
 
 
 class SaveSubject(io.ComfyNode):
@@ -113,13 +168,18 @@ class SaveSubject(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, filename_prefix: str | None = None) -> bool | str:
+        try:
+            check_prefix(filename_prefix or "subject")  # None: it comes from another node
+        except ValueError as error:
+            return str(error)
+        return True
+
+    @classmethod
     def execute(cls, subject: Subject, filename_prefix: str) -> io.NodeOutput:
-        root = os.path.join(folder_paths.get_output_directory(), "moma_subjects")
-        os.makedirs(root, exist_ok=True)
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(filename_prefix, root)
-        filename = f"{name}_{counter:05}_.safetensors"
-        save_subject(subject, Path(folder) / filename)
-        saved = {"filename": filename, "subfolder": os.path.join("moma_subjects", subfolder), "type": "output"}
+        path = save_numbered(subject, filename_prefix)
+        subfolder = path.parent.relative_to(folder_paths.get_output_directory())
+        saved = {"filename": path.name, "subfolder": str(subfolder), "type": "output"}
         return io.NodeOutput(ui={"moma_subjects": [saved]})
 
 

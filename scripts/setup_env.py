@@ -65,8 +65,11 @@ def dev_requirements(pyproject: Path = ROOT / "pyproject.toml") -> list[str]:
     return [str(requirement) for requirement in ast.literal_eval(found[1])]
 
 
-def environment(version: str | None = None) -> Environment:
+def environment(version: str | None = None, pins: Sequence[str] = ()) -> Environment:
     """This version of ComfyUI (as in `find_comfyui`) with a Python for it.
+
+    Args:
+        pins: Further requirements, as in "transformers==4.50.3"; each set of them gets an environment of its own.
 
     Raises:
         SetupError: Something cannot be fetched or made.
@@ -77,8 +80,8 @@ def environment(version: str | None = None) -> Environment:
         return Environment(
             str(comfyui), comfyui, _own_python(comfyui) or ensure_venv(comfyui, name, dev_requirements())
         )
-    version = version or NEWEST
-    return Environment(version, comfyui, ensure_venv(comfyui, version, dev_requirements()))
+    name = "-".join([version or NEWEST, *(pin.replace("==", "-") for pin in pins)])
+    return Environment(name, comfyui, ensure_venv(comfyui, name, [*dev_requirements(), *pins]))
 
 
 def _digest(parts: Sequence[str]) -> str:

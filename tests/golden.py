@@ -73,8 +73,8 @@ def run_case(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, torch.T
         embedding=inputs["llava_emb"].float(),
         word=case["subject"],
         prompt=case["prompt"],
-        image=torch.zeros(*size, 3, dtype=torch.uint8),
-        mask=inputs["mask"].view(size) > 0,
+        images=torch.zeros(1, *size, 3, dtype=torch.uint8),
+        masks=inputs["mask"].view(1, *size) > 0,
         adapter_identity=adapter.identity,
     )
     shortcut = Shortcut(

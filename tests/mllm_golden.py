@@ -33,13 +33,13 @@ def compare(folder: Path) -> dict[str, Any]:
     from comfyui_moma.moma_modules.mllm.image import pixel_values
     from comfyui_moma.moma_modules.mllm.model import load_mllm
     from comfyui_moma.moma_modules.mllm.prompt import prompt_ids
-    from comfyui_moma.moma_modules.reference_image import prepare_reference
+    from comfyui_moma.moma_modules.reference_image import prepare_references
 
     description = json.loads((folder / "expected.json").read_text())
     expected = load_file(folder / "expected.safetensors")
     mllm = load_mllm(folder / "checkpoint", "fp32", vision_heads=description.get("vision_heads"))
-    reference = prepare_reference(_tensor(folder / "image.png", "RGB"), _tensor(folder / "mask.png", "L"))
-    image, mask = reference.image.numpy(), reference.mask.numpy()
+    references = prepare_references(_tensor(folder / "image.png", "RGB"), _tensor(folder / "mask.png", "L"))
+    image, mask = references.images[0].numpy(), references.masks[0].numpy()
     weights = {key.removeprefix("mapping."): value for key, value in load_file(folder / "mapping.safetensors").items()}
     embedding, hidden = weights["gate_proj.weight"].shape
     mapping = Mapping(hidden, embedding, "cpu", torch.float32, comfy.ops.manual_cast)

@@ -23,15 +23,15 @@ def tiny_adapter(**changes: Any) -> Any:
         return load_adapter(path)
 
 
-def tiny_subject(adapter: Any, word: str = "car", seed: int = 5) -> Any:
-    """A subject whose mask is the left half of the reference."""
+def tiny_subject(adapter: Any, word: str = "car", seed: int = 5, size: int = 64) -> Any:
+    """A subject whose mask is the left half of the reference; one that can be saved has size 512."""
     from comfyui_moma.moma_modules.subject import Subject
 
-    mask = torch.zeros(64, 64, dtype=torch.bool)
-    mask[:, :32] = True
-    image = (seeded(seed, "image", (64, 64, 3)).clamp(-1, 1) * 127 + 128).to(torch.uint8)
+    masks = torch.zeros(1, size, size, dtype=torch.bool)
+    masks[..., : size // 2] = True
+    images = (seeded(seed, "image", (1, size, size, 3)).clamp(-1, 1) * 127 + 128).to(torch.uint8)
     embedding = seeded(seed, "embedding", (1, adapter.embedding_size))
-    return Subject(embedding, word, f"A {word} on a table.", image, mask, adapter.identity)
+    return Subject(embedding, word, f"A {word} on a table.", images, masks, adapter.identity)
 
 
 def tiny_shortcut(strength: float = 1.0, **window: Any) -> Any:
@@ -119,3 +119,9 @@ def masks_of(model: Any, samples: torch.Tensor) -> dict[str, torch.Tensor]:
     masks = settings_of(model).log.find(samples)
     assert masks is not None
     return masks
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> bool:
+    """Whether `a` differs from `b` by less than `tolerance`, relative to the norm of `b`. Both must be finite."""
+    assert a.isfinite().all() and b.isfinite().all()
+    return float((a - b).norm() / b.norm()) < tolerance

@@ -1,15 +1,10 @@
-"""MoMA beside others: what was in a slot before, what is added to it later, and ComfyUI's own guidance nodes."""
+"""Attention slots shared with others: what was in one before, and what is added to it later."""
 
 from typing import Any
 
 import pytest
 import torch
-from comfy_extras.nodes_freelunch import FreeU_V2
-from comfy_extras.nodes_hypertile import HyperTile
-from comfy_extras.nodes_pag import PerturbedAttentionGuidance
-from comfy_extras.nodes_sag import SelfAttentionGuidance
-from comfy_extras.nodes_tomesd import TomePatchModel
-from scene import masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
+from scene import moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
 from tiny_models import tiny_model
 
 PLACES = ((("input", 1), None), (("input", 1), 0))
@@ -85,47 +80,3 @@ def test_added_callbacks_keep_to_their_noise_range(model: Any, adapter: Any, sub
     steps: list[float] = []
     run(clone, subject, steps=6, callback=lambda *_: steps.append(len(called)))
     assert steps[0] == 0 and 0 < steps[-1] < 6
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_perturbed_attention_guidance(model: Any, adapter: Any, subject: Any, first: bool) -> None:
-    """PAG's extra evaluations change the picture, not the subject mask of the first evaluation."""
-    shortcut = tiny_shortcut()
-    if first:
-        both = moma(PerturbedAttentionGuidance.execute(model, 3.0)[0], adapter, subject, shortcut=shortcut)
-    else:
-        both = PerturbedAttentionGuidance.execute(moma(model, adapter, subject, shortcut=shortcut), 3.0)[0]
-    alone = moma(model, adapter, subject, shortcut=shortcut)
-    _same_first_mask_other_picture(both, alone, subject)
-
-
-def test_self_attention_guidance(model: Any, adapter: Any, subject: Any) -> None:
-    """SAG evaluates a blurred latent with the same options: that must not leak into the subject mask."""
-    both = moma(SelfAttentionGuidance.execute(model, 0.5, 2.0)[0], adapter, subject, shortcut=tiny_shortcut())
-    alone = moma(model, adapter, subject, shortcut=tiny_shortcut())
-    _same_first_mask_other_picture(both, alone, subject)
-
-
-def _same_first_mask_other_picture(both: Any, alone: Any, subject: Any) -> None:
-    options = {"size": (16, 16), "steps": 2, "last_step": 1}
-    ours, theirs = run(both, subject, **options), run(alone, subject, **options)
-    assert ours.isfinite().all() and not torch.allclose(ours, theirs)
-    one, other = masks_of(both, ours)[subject.key], masks_of(alone, theirs)[subject.key]
-    assert torch.allclose(one, other, atol=1e-5)
-
-
-def test_freeu(model: Any, adapter: Any, subject: Any) -> None:
-    both = FreeU_V2.execute(moma(model, adapter, subject), 1.3, 1.4, 0.9, 0.2)[0]
-    assert not torch.equal(run(both, subject), run(moma(model, adapter, subject), subject))
-
-
-@pytest.mark.parametrize("node", ["hypertile", "tome"])
-def test_nodes_that_rearrange_tokens_are_refused(model: Any, adapter: Any, subject: Any, node: str) -> None:
-    patched = moma(model, adapter, subject, shortcut=tiny_shortcut())
-    if node == "hypertile":
-        patched = HyperTile.execute(patched, 64, 2, 0, False)[0]
-    else:
-        patched = TomePatchModel.execute(patched, 0.5)[0]
-    with pytest.raises(ValueError, match=r"another node changed the attention's input.*HyperTile, Token Merging"):
-        run(patched, subject, size=(16, 16))
-    assert torch.isfinite(run(model, subject)).all()

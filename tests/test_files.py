@@ -110,24 +110,24 @@ def test_code_in_an_adapter_is_not_run(tmp_path: Path) -> None:
 
 @pytest.fixture
 def subject() -> Any:
-    return tiny_subject(tiny_adapter(), "stuffed animal")
+    return tiny_subject(tiny_adapter(), "stuffed animal", size=512)
 
 
 def test_a_subject_survives_its_file(subject: Any, tmp_path: Path) -> None:
     save_subject(subject, tmp_path / "s.safetensors")
     loaded = load_subject(tmp_path / "s.safetensors")
     assert loaded.key == subject.key and torch.equal(loaded.embedding, subject.embedding)
-    assert torch.equal(loaded.image, subject.image) and torch.equal(loaded.mask, subject.mask)
+    assert torch.equal(loaded.images, subject.images) and torch.equal(loaded.masks, subject.masks)
     assert (loaded.word, loaded.prompt) == (subject.word, subject.prompt)
     assert loaded.adapter_identity == subject.adapter_identity
     assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
-    for other in ({"word": "car"}, {"embedding": subject.embedding + 1}, {"mask": ~subject.mask}):
+    for other in ({"word": "car"}, {"embedding": subject.embedding + 1}, {"masks": ~subject.masks}):
         assert replace(subject, **other).key != subject.key
 
 
 def _rewrite(path: Path, metadata: dict[str, str | None], **tensors: torch.Tensor | None) -> None:
     with safe_open(path, framework="pt") as file:
-        content = {key: file.get_tensor(key) for key in ("embedding", "image", "mask")}
+        content = {key: file.get_tensor(key) for key in ("embedding", "images", "masks")}
         entries = dict(file.metadata())
     kept = {key: value for key, value in (content | tensors).items() if value is not None}
     save_file(kept, path, {key: value for key, value in (entries | metadata).items() if value is not None})
@@ -139,16 +139,16 @@ def _rewrite(path: Path, metadata: dict[str, str | None], **tensors: torch.Tenso
         ({"format": "lora"}, {}, r"is not a saved MoMA subject \(format 'lora'\)"),
         ({"version": "2"}, {}, "has format version '2'; this version of the pack reads 1. Update ComfyUI-MoMA"),
         ({"prompt": None}, {}, "lacks the entry 'prompt'"),
-        ({}, {"mask": None}, "should hold embedding, image and mask, found embedding, image"),
-        ({}, {"mask": torch.zeros(64, 64, dtype=torch.uint8)}, "the mask is empty"),
+        ({}, {"masks": None}, "should hold embedding, images and masks, found embedding, images"),
+        ({}, {"masks": torch.zeros(1, 512, 512, dtype=torch.uint8)}, "a mask is empty"),
         (
             {},
-            {"mask": torch.ones(8, 8, dtype=torch.uint8)},
-            r"mask is torch\.uint8 \(8, 8\), expected uint8 \(64, 64\)",
+            {"masks": torch.ones(1, 8, 8, dtype=torch.uint8)},
+            r"masks is U8 \(1, 8, 8\), expected U8 \[pictures, 512, 512\], one for each of 1 images",
         ),
-        ({}, {"image": torch.zeros(64, 64, 3)}, r"image is torch\.float32 \(64, 64, 3\), expected uint8"),
+        ({}, {"images": torch.zeros(1, 64, 64, 3)}, r"images is F32 \(1, 64, 64, 3\), expected U8 \["),
         ({}, {"embedding": torch.full((1, 48), torch.nan)}, "the embedding holds NaN"),
-        ({}, {"embedding": torch.zeros(48)}, r"embedding is torch\.float32 \(48,\), expected float32 \[1, N\]"),
+        ({}, {"embedding": torch.zeros(48)}, r"embedding is F32 \(48,\), expected F32 \[1, size\]"),
     ],
 )
 def test_a_broken_subject_is_refused_by_name(

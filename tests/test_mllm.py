@@ -139,28 +139,21 @@ def test_old_style_shards_load_alike(folder: Path) -> None:
 
 
 def test_matrices_keep_the_dtype_of_the_file() -> None:
-    module = load(CHECKPOINT, "fp32").module
+    module = load(CHECKPOINT, "fp32").loaded.module
     assert module.language.layers[0].mlp.up_proj.weight.dtype == torch.float16
     assert module.language.embed_tokens.weight.dtype == torch.float16
     assert module.language.norm.weight.dtype == torch.float32
-
-
-@pytest.mark.parametrize(("precision", "cosine"), [("bf16", 0.999), ("fp16", 0.9999), ("auto", 0.999)])
-def test_smaller_precisions_are_close(precision: str, cosine: float) -> None:
-    exact, ours = hidden(load(CHECKPOINT)), hidden(load(CHECKPOINT, precision))
-    assert ours.dtype == torch.float32
-    assert float(torch.cosine_similarity(exact, ours)) > cosine
-    assert torch.equal(exact, ours) == (precision == "auto")  # on the CPU, auto is fp32
 
 
 def test_cancelling_stops_at_a_layer_and_leaves_nothing() -> None:
     mllm = load(CHECKPOINT)
     expected = hidden(mllm)
     passed: list[int] = []
-    stop = mllm.module.layers()[2].register_forward_hook(
+    module = mllm.loaded.module
+    stop = module.layers()[2].register_forward_hook(
         lambda *_: (passed.append(2), comfy.model_management.interrupt_current_processing(True))[1]
     )
-    late = mllm.module.layers()[-1].register_forward_hook(lambda *_: passed.append(-1))
+    late = module.layers()[-1].register_forward_hook(lambda *_: passed.append(-1))
     try:
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             _with_server_progress(lambda: hidden(mllm))
@@ -169,7 +162,7 @@ def test_cancelling_stops_at_a_layer_and_leaves_nothing() -> None:
         late.remove()
         comfy.model_management.interrupt_current_processing(False)
     assert passed == [2]
-    assert all(not layer._forward_hooks for layer in mllm.module.layers())
+    assert all(not layer._forward_hooks for layer in module.layers())
     assert torch.equal(hidden(mllm), expected)
 
 

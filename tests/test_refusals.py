@@ -158,8 +158,8 @@ def test_extraction_refuses_what_it_cannot_use(mllm: Any, adapter: Any) -> None:
         extract(mllm, adapter, mask=torch.zeros(1, 64, 64))
     with pytest.raises(ValueError, match="^image holds NaN"):
         extract(mllm, adapter, torch.full((1, 8, 8, 3), torch.nan))
-    with pytest.raises(ValueError, match="^image has 2 pictures; a subject is extracted from one"):
-        extract(mllm, adapter, torch.zeros(2, 8, 8, 3))
+    with pytest.raises(ValueError, match=r"^image has shape \(0, 8, 8, 3\); expected"):
+        extract(mllm, adapter, torch.zeros(0, 8, 8, 3))
     with pytest.raises(ValueError, match=r"takes hidden states of size 32, but mllm checkpoint has 64"):
         extract(mllm, tiny_adapter(hidden=32))
 
@@ -168,7 +168,7 @@ def test_extraction_takes_grey_transparent_and_odd_pictures(mllm: Any, adapter: 
     colour = torch.rand(1, 40, 30, 4)
     colour[..., 3] = (torch.arange(30) < 15).float()
     from_alpha = extract(mllm, adapter, colour)
-    assert bool(from_alpha.mask[:, :200].all()) and not bool(from_alpha.mask[:, 300:].any())
+    assert bool(from_alpha.masks[..., :200].all()) and not bool(from_alpha.masks[..., 300:].any())
     from_mask = extract(mllm, adapter, colour[..., :3], mask=colour[0, :, :, 3])
     assert from_mask.key == from_alpha.key
     assert extract(mllm, adapter, colour[..., :1]).embedding.isfinite().all()

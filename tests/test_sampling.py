@@ -8,7 +8,7 @@ import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
-from scene import masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
+from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
 from tiny_models import tiny_model
 
 
@@ -31,10 +31,6 @@ def subject(adapter: Any) -> Any:
 def full(model: Any, adapter: Any, subject: Any) -> Any:
     """A model with both parts on it."""
     return moma(model, adapter, subject, shortcut=tiny_shortcut(start=0.05))
-
-
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> bool:
-    return float((a - b).norm() / b.norm()) < tolerance
 
 
 def found(mask: torch.Tensor) -> bool:
@@ -289,3 +285,27 @@ def _watch_reference(model: Any, seen: list[torch.Tensor]) -> None:
         return original(out, q, k, forward, extra_options)
 
     patch.add_subjects = add_subjects
+
+
+def test_computing_the_shortcut_only_where_it_acts_changes_nothing(
+    model: Any, adapter: Any, subject: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU queries outside the mask are left out, on a GPU all are computed: the same picture."""
+    from comfyui_moma.moma_modules.comfy_bridge import run
+
+    region = torch.zeros(1, 16, 16)
+    region[:, :8, :8] = 1
+    limited = moma(model, adapter, subject, shortcut=tiny_shortcut(region=region))
+    selected = sample(limited, positive(subject), negative(), size=(16, 16), batch=2)
+    asked: list[bool] = []
+
+    def all_queries(**settings: Any) -> Any:
+        asked.append(settings["selecting"])
+        return forward(**{**settings, "selecting": False})
+
+    forward = run.Forward
+    monkeypatch.setattr(run, "Forward", all_queries)
+    dense = sample(limited, positive(subject), negative(), size=(16, 16), batch=2)
+    on_cpu = comfy.model_management.get_torch_device().type == "cpu"
+    assert asked and set(asked) == {on_cpu}
+    assert close(selected, dense, 1e-5)

@@ -2,24 +2,22 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import comfy.sd
-import comfy.sd1_clip
 import numpy as np
 import pytest
 import torch
 from comfy.sd1_clip import SD1Tokenizer
 from comfyui_moma.moma_modules.comfy_bridge.conditioning import TOKENS_KEY
 from comfyui_moma.moma_modules.comfy_bridge.text import encode_prompt, encode_word
-from comfyui_moma.moma_modules.reference_image import prepare_reference
-from comfyui_moma.moma_modules.subject_mask import subject_mask, token_attention
+from comfyui_moma.moma_modules.reference_image import prepare_references
+from comfyui_moma.moma_modules.subject_mask import subject_mask, token_attention, token_values
 from comfyui_moma.moma_modules.subject_tokens import PROMPT_TEMPLATE, fill_template, find_subject
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scene import tiny_adapter, tiny_subject
+from tiny_models import tiny_clip
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 TOKENIZER = SD1Tokenizer()
@@ -61,25 +59,6 @@ def test_other_braces_in_a_template_stay() -> None:
     assert fill_template("{a|b} {subject}: {prompt}", "cup", "{prompt}") == "{a|b} cup: {prompt}"
 
 
-class TinyClip(comfy.sd1_clip.SD1ClipModel):
-    """SD1.5's text encoder, small."""
-
-    def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict[str, Any] | None = None) -> None:
-        config = {
-            "num_hidden_layers": 2,
-            "hidden_size": 64,
-            "num_attention_heads": 4,
-            "intermediate_size": 128,
-            "hidden_act": "quick_gelu",
-            "num_positions": 77,
-            "vocab_size": 49408,
-            "eos_token_id": 49407,
-            "max_position_embeddings": 77,
-        }
-        kind = comfy.sd1_clip.SDClipModel
-        super().__init__(device, dtype, model_options or {}, clip_model=kind, textmodel_json_config=config)
-
-
 def brute_force_mask(maps: np.ndarray) -> np.ndarray:
     """SPEC, literally: [2, N] negative and positive to the positive mask [N]."""
     values = (maps - maps.min()) / (maps.max() - maps.min())
@@ -112,47 +91,58 @@ def test_attention_is_summed_over_tokens_and_averaged_over_heads() -> None:
     tokens[..., [2, 3]] = 1
     heads = [(q[0, :, s] @ k[0, :, s].T / 2.0).softmax(-1)[:, [2, 3]].sum(-1) for s in (slice(0, 4), slice(4, 8))]
     expected = torch.stack(heads).mean(0)
-    assert torch.allclose(token_attention(q, k, tokens, heads=2)[0, 0], expected, atol=1e-6)
+    values = token_values(tokens, heads=2, head_size=4, dtype=torch.float32)
+    assert torch.allclose(token_attention(q, k, values, 1)[0, :, 0], expected, atol=1e-6)
 
 
 def test_squash_is_the_released_resize() -> None:
     image = torch.rand(1, 100, 60, 3)
     mask = torch.zeros(1, 40, 40)
     mask[:, 10:20, 10:20] = 1
-    reference = prepare_reference(image, mask)
+    reference = prepare_references(image, mask)
     pixels = Image.fromarray((image[0] * 255).round().to(torch.uint8).numpy())
-    assert np.array_equal(reference.image.numpy(), np.asarray(pixels.resize((512, 512), Image.Resampling.BILINEAR)))
+    assert np.array_equal(reference.images[0].numpy(), np.asarray(pixels.resize((512, 512), Image.Resampling.BILINEAR)))
     stencil = Image.fromarray((mask[0] * 255).to(torch.uint8).numpy())
     expected = np.asarray(stencil.resize((512, 512), Image.Resampling.BILINEAR)) > 0
-    assert np.array_equal(reference.mask.numpy(), expected)
+    assert np.array_equal(reference.masks[0].numpy(), expected)
 
 
 def test_pad_and_crop_keep_the_aspect_ratio() -> None:
     image, mask = torch.zeros(1, 50, 100, 3), torch.zeros(1, 50, 100)
     mask[..., 90:] = 1
-    padded = prepare_reference(image, mask, "pad")
-    assert bool((padded.image[:100] == 255).all()) and bool((padded.image[200:300] == 0).all())
-    assert not padded.mask[:100].any() and bool(padded.mask[256, 500])
-    cropped = prepare_reference(image, mask, "crop")
-    assert bool(cropped.mask[:, 420:].all()) and not cropped.mask[:, :380].any()
+    padded = prepare_references(image, mask, "pad")
+    assert bool((padded.images[0, :100] == 255).all()) and bool((padded.images[0, 200:300] == 0).all())
+    assert not padded.masks[0, :100].any() and bool(padded.masks[0, 256, 500])
+    cropped = prepare_references(image, mask, "crop")
+    assert bool(cropped.masks[0, :, 420:].all()) and not cropped.masks[0, :, :380].any()
     with pytest.raises(ValueError, match="fit is 'stretch'; choose one of squash, pad, crop"):
-        prepare_reference(image, mask, "stretch")
+        prepare_references(image, mask, "stretch")
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 4), st.sampled_from(["squash", "pad", "crop"]))
 def test_any_picture_becomes_a_reference(height: int, width: int, channels: int, fit: str) -> None:
-    reference = prepare_reference(torch.ones(1, height, width, channels), None, fit)
-    assert reference.image.shape == (512, 512, 3) and bool(reference.mask.any())
+    reference = prepare_references(torch.ones(1, height, width, channels), None, fit)
+    assert reference.images.shape == (1, 512, 512, 3) and bool(reference.masks.any())
+
+
+def test_each_picture_of_a_batch_is_prepared_as_if_alone() -> None:
+    images, masks = torch.rand(2, 40, 60, 3), torch.zeros(2, 40, 60)
+    masks[0, :10], masks[1, 30:] = 1, 1
+    both = prepare_references(images, masks, "crop")
+    for i in range(2):
+        alone = prepare_references(images[i], masks[i], "crop")
+        assert torch.equal(both.images[i], alone.images[0]) and torch.equal(both.masks[i], alone.masks[0])
+    masks[1] = 0
+    with pytest.raises(ValueError, match="^mask is empty for picture 2 of 2: no pixel"):
+        prepare_references(images, masks)
+    with pytest.raises(ValueError, match=r"^mask holds 1 mask\(s\), image 2 picture\(s\).*Combine MoMA Subjects"):
+        prepare_references(images, masks[:1])
 
 
 @pytest.fixture(scope="module")
 def clip() -> Any:
-    torch.manual_seed(0)
-    made = comfy.sd.CLIP(SimpleNamespace(params={}, clip=TinyClip, tokenizer=SD1Tokenizer))
-    for weight in made.cond_stage_model.parameters():
-        weight.data = torch.randn(weight.shape) * 0.05
-    return made
+    return tiny_clip()
 
 
 def test_a_prompt_knows_its_subject(clip: Any) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -48,8 +49,16 @@ def unet_config(unet: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def tiny_model(unet: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
-    """A MODEL (ModelPatcher) with seeded weights; `overrides` change the UNet's configuration."""
+def tiny_model(
+    unet: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    compute: torch.dtype | None = None,
+    **overrides: Any,
+) -> Any:
+    """A MODEL (ModelPatcher) with seeded weights; `overrides` change the UNet's configuration.
+
+    With `compute`, weights are stored in `dtype` and cast for every layer, as weight_dtype fp8 does.
+    """
     import comfy.model_base
     import comfy.model_management
     import comfy.model_patcher
@@ -58,6 +67,8 @@ def tiny_model(unet: dict[str, Any] | None = None, dtype: torch.dtype = torch.fl
 
     settings = unet_config(unet or TINY) | overrides | {"dtype": dtype}
     config = comfy.supported_models.SD15(dict(settings))
+    if compute is not None:
+        config.set_inference_dtype(dtype, compute)
     model = comfy.model_base.BaseModel(config, device=torch.device("cpu"))
     model.diffusion_model.load_state_dict(unet_weights(settings, model.diffusion_model.state_dict()))
     device = comfy.model_management.get_torch_device()
@@ -111,3 +122,30 @@ def adapter_groups(
             f"{prefix}mapping.{name}.weight": seeded_weight(3, name, shape) for name, shape in mapping_shapes.items()
         },
     }
+
+
+def tiny_clip() -> Any:
+    """A CLIP: SD1.5's text encoder, small, with its real tokenizer. Text embeddings have the tiny UNet's size."""
+    import comfy.sd
+    import comfy.sd1_clip
+
+    def text_model(device: Any = "cpu", dtype: Any = None, model_options: dict[str, Any] | None = None) -> Any:
+        config = {
+            "num_hidden_layers": 2,
+            "hidden_size": TINY["cross_attention_dim"],
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+            "hidden_act": "quick_gelu",
+            "num_positions": 77,
+            "vocab_size": 49408,
+            "eos_token_id": 49407,
+            "max_position_embeddings": 77,
+        }
+        kind = comfy.sd1_clip.SDClipModel
+        options = model_options or {}
+        return comfy.sd1_clip.SD1ClipModel(device, dtype, options, clip_model=kind, textmodel_json_config=config)
+
+    clip = comfy.sd.CLIP(SimpleNamespace(params={}, clip=text_model, tokenizer=comfy.sd1_clip.SD1Tokenizer))
+    for name, weight in clip.cond_stage_model.named_parameters():
+        weight.data = 0.05 * seeded(61, name, tuple(weight.shape))
+    return clip

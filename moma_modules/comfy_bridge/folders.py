@@ -27,6 +27,11 @@ def model_roots() -> list[Path]:
     return [Path(path) for path in folder_paths.get_folder_paths(MODELS)]
 
 
+def hidden_states() -> Path:
+    """Where the MLLM's results are kept: below the user folder, out of reach of HTTP."""
+    return Path(folder_paths.get_system_user_directory("moma")) / "hidden_states"
+
+
 def adapter_names() -> list[str]:
     """Adapter files below the model folders, by relative name."""
     return [name for name in _names(MODELS) if name.endswith(ADAPTER_SUFFIXES) and _is_adapter(name)]

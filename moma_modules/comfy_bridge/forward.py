@@ -5,12 +5,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
-from ..subject_mask import layer_map, token_attention
+from ..subject_mask import layer_maps, token_attention, token_values
 from .attention import attend_shared, plain_attention
 from .conditioning import Rows
+from .image_tokens import ImageTokenLayers, image_tokens_of_rows
+from .reference_cache import KeysValues
 from .settings import SubjectSettings
+
+Size = tuple[int, int]
+Part = tuple[str, int]
+"""Which factor: "cross" or "self", and the subject's number."""
 
 
 @dataclass(frozen=True)
@@ -18,14 +24,14 @@ class SubjectRun:
     """One subject in one run: settings made concrete on the device.
 
     Attributes:
-        image_tokens: Per block the keys and values of the image tokens [2, 4, C], negative then positive.
-        reference: Per block the keys and values of the reference [1, N, C].
+        image_tokens: Keys and values of the image tokens, or None where they are off.
+        reference: Per block the keys and values of the references [1, N, C].
         cross_area, self_area: [B, H, W] where each part may act (region masks), or None for everywhere.
     """
 
     settings: SubjectSettings
-    image_tokens: dict[int, tuple[Tensor, Tensor]]
-    reference: dict[int, tuple[Tensor, Tensor]]
+    image_tokens: ImageTokenLayers | None
+    reference: KeysValues
     cross_area: Tensor | None
     self_area: Tensor | None
 
@@ -37,58 +43,96 @@ class Forward:
     Attributes:
         subjects: The subjects of the run.
         rows: What is known of this forward's rows.
-        cross_factors, self_factors: Per subject [B, H, W] = area x subject mask x schedule x weight; None: off.
+        cross_factors, self_factors: Per subject [B, H, W] = area x subject mask x schedule; None: off.
         size: Latent height and width of this forward (of a crop, for area conditioning).
-        map_sum: [R, S, h, w], sum over the layers' maps so far; None if maps are not wanted.
-        map_count: Layers summed.
+        collecting: Whether attention maps are wanted.
+        selecting: Whether the shortcut is computed only where its factor is not 0. Finding these places makes the host
+            wait for the device: worth it on a CPU, where the device is the host.
     """
 
     subjects: tuple[SubjectRun, ...]
     rows: Rows
     cross_factors: tuple[Tensor | None, ...]
     self_factors: tuple[Tensor | None, ...]
-    size: tuple[int, int]
-    map_sum: Tensor | None = None
-    map_count: int = 0
-    _resized: dict[tuple[int, tuple[int, int]], Tensor] = field(default_factory=dict)
+    size: Size
+    collecting: bool = False
+    selecting: bool = False
+    _attention: dict[Size, list[Tensor]] = field(default_factory=dict)
+    _token_values: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _image_tokens: dict[int, Tensor] = field(default_factory=dict)
+    _row_factors: dict[Part, Tensor] = field(default_factory=dict)
+    _layer_factors: dict[tuple[Part, Size], Tensor] = field(default_factory=dict)
+    _places: dict[tuple[Part, Size], Tensor] = field(default_factory=dict)
 
     def collect_map(self, q: Tensor, k: Tensor, extra_options: dict[str, Any]) -> None:
-        """Add this layer's attention to the subjects' text tokens to the sum."""
-        if self.map_sum is None:
-            return
-        layer_size = self._layer_size(q, extra_options)
-        attention = token_attention(q, k, _fit_length(self.rows.tokens, k.shape[1]), extra_options["n_heads"])
-        self.map_sum += layer_map(attention, layer_size, self.size)
-        self.map_count += 1
+        """Note this layer's attention to the subjects' text tokens."""
+        if self.collecting:
+            values = self._values(q, k, extra_options["n_heads"])
+            attention = token_attention(q, k, values, len(self.subjects))
+            self._attention.setdefault(self._layer_size(q, extra_options), []).append(attention)
+
+    def mean_map(self) -> Tensor | None:
+        """Mean over the layers' maps [R, S, h, w] in 0..1; None if none were collected."""
+        if not self._attention:
+            return None
+        sums = [layer_maps(layers, size, self.size) for size, layers in self._attention.items()]
+        return torch.stack(sums).sum(dim=0) / sum(map(len, self._attention.values()))
 
     def add_image_tokens(self, out: Tensor, q: Tensor, block: int, extra_options: dict[str, Any]) -> Tensor:
         """`out + weight * M * A(q, K_image, V_image)` for every subject."""
-        for subject, factor in zip(self.subjects, self.cross_factors, strict=True):
-            if factor is not None:
-                k, v = (both.to(q.dtype)[self.rows.positive] for both in subject.image_tokens[block])
-                out = out + self._at_layer(factor, q, extra_options) * plain_attention(q, k, v, extra_options)
+        for i, (subject, factor) in enumerate(zip(self.subjects, self.cross_factors, strict=True)):
+            tokens, layers = subject.settings.image_tokens, subject.image_tokens
+            if factor is not None and tokens is not None and layers is not None:
+                if i not in self._image_tokens:
+                    self._image_tokens[i] = image_tokens_of_rows(layers, self.rows.positive, q.dtype)
+                k, v = layers.keys_values(self._image_tokens[i], block)
+                delta = plain_attention(q, k, v, extra_options)
+                at_layer = self._at_layer(("cross", i), factor, self._layer_size(q, extra_options), q.dtype)
+                out = torch.addcmul(out, at_layer, delta, value=tokens.weight)
         return out
 
     def add_shortcuts(self, out: Tensor, q: Tensor, block: int, extra_options: dict[str, Any]) -> Tensor:
         """`out + strength * scale * M * A(q, K_reference, V_reference)` for every subject."""
-        for subject, factor in zip(self.subjects, self.self_factors, strict=True):
-            if factor is not None and block in subject.reference:
+        for i, (subject, factor) in enumerate(zip(self.subjects, self.self_factors, strict=True)):
+            shortcut = subject.settings.shortcut
+            if factor is not None and shortcut is not None and block in subject.reference:
+                size = self._layer_size(q, extra_options)
+                at_layer = self._at_layer(("self", i), factor, size, q.dtype)
+                places = self._places_of(("self", i), size, at_layer) if self.selecting else None
                 k, v = (part.to(q.dtype) for part in subject.reference[block])
-                scale = subject.settings.adapter.scales[block]
-                delta = attend_shared(q, k, v, extra_options)
-                out = out + self._at_layer(factor, q, extra_options) * scale * delta
+                scale = shortcut.strength * subject.settings.adapter.scales[block]
+                if places is None:
+                    out = torch.addcmul(out, at_layer, attend_shared(q, k, v, extra_options), value=scale)
+                elif len(places):
+                    delta = attend_shared(q.flatten(0, 1)[places][None], k, v, extra_options)[0]
+                    delta = delta * at_layer.flatten()[places, None]
+                    out = out.flatten(0, 1).index_add(0, places, delta, alpha=scale).view_as(out)
         return out
 
-    def _at_layer(self, factor: Tensor, q: Tensor, extra_options: dict[str, Any]) -> Tensor:
+    def _at_layer(self, part: Part, factor: Tensor, size: Size, dtype: torch.dtype) -> Tensor:
         """A factor [B, H, W] for this forward's rows at a layer's size: [R, T, 1]."""
-        layer_size = self._layer_size(q, extra_options)
-        key = (id(factor), layer_size)
-        if key not in self._resized:
-            rows = factor.flatten()[self.rows.pixels]
-            self._resized[key] = interpolate(rows, size=layer_size, mode="nearest").flatten(1)[..., None].to(q.dtype)
-        return self._resized[key]
+        if (part, size) not in self._layer_factors:
+            if part not in self._row_factors:
+                self._row_factors[part] = factor.to(dtype).flatten()[self.rows.pixels]
+            resized = interpolate(self._row_factors[part], size=size, mode="nearest")
+            self._layer_factors[part, size] = resized.flatten(1)[..., None]
+        return self._layer_factors[part, size]
 
-    def _layer_size(self, q: Tensor, extra_options: dict[str, Any]) -> tuple[int, int]:
+    def _places_of(self, part: Part, size: Size, at_layer: Tensor) -> Tensor:
+        """Places in the flattened rows and tokens where a factor is not 0."""
+        if (part, size) not in self._places:
+            self._places[part, size] = at_layer.flatten().nonzero().flatten()
+        return self._places[part, size]
+
+    def _values(self, q: Tensor, k: Tensor, heads: int) -> Tensor:
+        head_size, length = q.shape[2] // heads, k.shape[1]
+        key = (head_size, length)
+        if key not in self._token_values:
+            tokens = _fit_length(self.rows.tokens, length)
+            self._token_values[key] = token_values(tokens, heads, head_size, q.dtype)
+        return self._token_values[key]
+
+    def _layer_size(self, q: Tensor, extra_options: dict[str, Any]) -> Size:
         height, width = extra_options["activations_shape"][-2:]
         rows = self.rows.pixels.shape[0]
         if q.shape[0] != rows or q.shape[1] != height * width:
@@ -104,4 +148,4 @@ def _fit_length(tokens: Tensor, length: int) -> Tensor:
     """Token rows for the text length of this forward: a prefix of the repeated rows, or zeros for what others added."""
     if tokens.shape[2] >= length:
         return tokens[:, :, :length]
-    return torch.nn.functional.pad(tokens, (0, length - tokens.shape[2]))
+    return pad(tokens, (0, length - tokens.shape[2]))

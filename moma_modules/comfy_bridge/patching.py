@@ -5,9 +5,9 @@ from typing import Any
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from . import run
-from .attention import AttentionPatch, CrossAttentionPatch, SelfAttentionPatch
+from .attention import AttentionPatch
 from .settings import KEY, Settings
-from .unet import BLOCKS
+from .slots import fill_slots
 
 _WRAPPERS = (
     (WrappersMP.OUTER_SAMPLE, run.outer_sample),
@@ -16,7 +16,6 @@ _WRAPPERS = (
     (WrappersMP.CALC_COND_BATCH, run.calc_cond_batch),
     (WrappersMP.DIFFUSION_MODEL, run.diffusion_model),
 )
-_SLOTS: tuple[tuple[str, type[AttentionPatch]], ...] = (("attn1", SelfAttentionPatch), ("attn2", CrossAttentionPatch))
 
 
 def settings_of(model: Any) -> Settings | None:
@@ -38,21 +37,8 @@ def patched(model: Any, settings: Settings) -> Any:
         clone.add_wrapper_with_key(kind, KEY, wrapper)
     clone.remove_callbacks_with_key(CallbacksMP.ON_CLONE, KEY)
     clone.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, _own_patches)
-    for slot, patch in _SLOTS:
-        for block, (name, number) in enumerate(BLOCKS):
-            _install(clone, slot, patch, block, name, number)
+    fill_slots(clone.model_options["transformer_options"])
     return clone
-
-
-def _install(clone: Any, slot: str, patch: type[AttentionPatch], block: int, name: str, number: int) -> None:
-    taken = clone.model_options["transformer_options"].get("patches_replace", {}).get(slot, {})
-    # A replacement registered for the transformer inside the block hides one for the block.
-    index = 0 if (name, number, 0) in taken else None
-    previous = taken.get((name, number, 0) if index == 0 else (name, number))
-    if isinstance(previous, patch):
-        return
-    setter = clone.set_model_attn1_replace if slot == "attn1" else clone.set_model_attn2_replace
-    setter(patch(block, previous), name, number, index)
 
 
 def _own_patches(_: Any, clone: Any) -> None:

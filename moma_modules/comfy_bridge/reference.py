@@ -1,4 +1,4 @@
-"""The reference pass: one forward over the reference picture gives keys and values for every self-attention layer."""
+"""The reference pass: one forward over each reference picture gives keys and values for every self-attention layer."""
 
 from typing import Any
 
@@ -9,47 +9,83 @@ from torch.nn.functional import interpolate
 
 from ..adapter import Adapter
 from .attention import plain_attention
+from .reference_cache import KeysValues, ReferenceKey, content_hash
 from .settings import Shortcut, SubjectSettings
 from .unet import BLOCKS
 
 CUT_TEXT_TOKENS = 4
 """The released code drops the last 4 text embeddings in this pass, and the weights were trained with that."""
 
-KeysValues = dict[int, tuple[Tensor, Tensor]]
-"""Block index to keys and values [1, N, C] of the N reference tokens that lie on the subject."""
-
 
 def reference_keys_values(
-    model: Any, entry: SubjectSettings, shortcut: Shortcut, options: dict[str, Any], device: torch.device
+    patcher: Any, model: Any, entry: SubjectSettings, shortcut: Shortcut, options: dict[str, Any], device: torch.device
 ) -> KeysValues:
-    """Run the plain UNet once at timestep 0 over the reference, with the weights the run has (LoRA included).
+    """What every self-attention layer sees of the references: computed now, or kept from an earlier run.
 
     Args:
+        patcher: The run's MODEL, which `model` is loaded by.
         model: The run's BaseModel, loaded.
         options: The run's transformer options; only the choice of attention function is taken from them.
 
     Returns:
         Blocks where no reference token lies on the subject are absent: these get no shortcut.
     """
-    comfy.model_management.throw_exception_if_processing_interrupted()
-    collector = _Collector(entry.adapter, entry.subject.mask)
-    sigma = model.model_sampling.sigmas[:1].to(device, torch.float32)
-    latent = model.process_latent_in(shortcut.latent.to(device, torch.float32))
-    run_options: dict[str, Any] = {
-        "patches_replace": {"attn1": {place: _BlockCollector(collector, i) for i, place in enumerate(BLOCKS)}},
-        "cond_or_uncond": [0],
-        "sigmas": sigma,
-    }
-    if "optimized_attention_override" in options:
-        run_options["optimized_attention_override"] = options["optimized_attention_override"]
-    model.apply_model(
-        latent + sigma * shortcut.noise.to(device, torch.float32),
-        sigma,
-        c_concat=_inpaint_channels(model, latent),
-        c_crossattn=shortcut.text[:, :-CUT_TEXT_TOKENS].to(device),
-        transformer_options=run_options,
+    dtype = model.get_dtype_inference()
+    key = ReferenceKey(
+        content=content_hash((shortcut.latent, shortcut.noise, shortcut.text, entry.subject.masks)),
+        weights=patcher.patches_uuid,
+        sigma=float(model.model_sampling.sigmas[0]),
+        dtype=dtype,
     )
-    return collector.found
+    attention = options.get("optimized_attention_override")
+    parts = (attention, *(patcher.object_patches[name] for name in sorted(patcher.object_patches)))
+    cache = entry.adapter.reference_cache
+    found = cache.find(key, model, parts, device)
+    if found is None:
+        found = _run_references(model, entry, shortcut, attention, device, dtype)
+        cache.keep(key, model, parts, found)
+    return found
+
+
+def _run_references(
+    model: Any, entry: SubjectSettings, shortcut: Shortcut, attention: Any, device: torch.device, dtype: torch.dtype
+) -> KeysValues:
+    """Run the plain UNet once over each reference at timestep 0, with the weights the run has (LoRA included)."""
+    sigma = model.model_sampling.sigmas[:1].to(device, torch.float32)
+    text = shortcut.text[:, :-CUT_TEXT_TOKENS].to(device)
+    latents = model.process_latent_in(shortcut.latent.to(device, torch.float32))
+    noises = shortcut.noise.to(device, torch.float32)
+    collected: list[KeysValues] = []
+    # One at a time: the memory that ComfyUI set aside is that of the run's own batch, which may be one picture.
+    for latent, noise, mask in zip(latents.split(1), noises.split(1), entry.subject.masks, strict=True):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        collector = _Collector(entry.adapter, mask, dtype)
+        run_options: dict[str, Any] = {
+            "patches_replace": {"attn1": {place: _BlockCollector(collector, i) for i, place in enumerate(BLOCKS)}},
+            "cond_or_uncond": [0],
+            "sigmas": sigma,
+        }
+        if attention is not None:
+            run_options["optimized_attention_override"] = attention
+        model.apply_model(
+            latent + sigma * noise,
+            sigma,
+            c_concat=_inpaint_channels(model, latent),
+            c_crossattn=text,
+            transformer_options=run_options,
+        )
+        collected.append(collector.found)
+    return _joined(collected)
+
+
+def _joined(collected: list[KeysValues]) -> KeysValues:
+    """The tokens of all references side by side."""
+    blocks = sorted({block for found in collected for block in found})
+    parts = {block: [found[block] for found in collected if block in found] for block in blocks}
+    return {
+        block: (torch.cat([k for k, _ in pairs], dim=1), torch.cat([v for _, v in pairs], dim=1))
+        for block, pairs in parts.items()
+    }
 
 
 def _inpaint_channels(model: Any, latent: Tensor) -> Tensor | None:
@@ -63,8 +99,9 @@ def _inpaint_channels(model: Any, latent: Tensor) -> Tensor | None:
 class _Collector:
     """Keys and values gathered during one reference pass."""
 
-    def __init__(self, adapter: Adapter, mask: Tensor) -> None:
+    def __init__(self, adapter: Adapter, mask: Tensor, dtype: torch.dtype) -> None:
         self.adapter = adapter
+        self.dtype = dtype
         self.mask = mask.float()[None, None]
         self.found: KeysValues = {}
 
@@ -73,7 +110,8 @@ class _Collector:
         places = inside.nonzero().flatten().to(k.device)
         if len(places):
             layer = self.adapter.module.layer(2 * block)
-            self.found[block] = (layer.to_k_ip(k[:, places]), layer.to_v_ip(v[:, places]))
+            keys, values = layer.to_k_ip(k[:, places]), layer.to_v_ip(v[:, places])
+            self.found[block] = (keys.to(self.dtype), values.to(self.dtype))
 
 
 class _BlockCollector:

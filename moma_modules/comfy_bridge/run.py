@@ -4,6 +4,7 @@
 It travels in the run's own copy of the transformer options; nothing is kept on the model, in a module or in a patch.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,14 @@ from torch.nn.functional import interpolate
 
 from ..subject_mask import subject_mask
 from .attention import FORWARD
-from .conditioning import attach_rows, subjects_in, take_rows
+from .conditioning import Rows, attach_rows, subjects_in, take_rows
 from .forward import Forward, SubjectRun
+from .image_tokens import ImageTokenLayers, image_token_layers
+from .neighbours import check_neighbours, without_compilation
 from .reference import reference_keys_values
+from .reference_cache import KeysValues
 from .settings import KEY, Settings, SubjectSettings, Window
-from .unet import BLOCKS
+from .slots import fill_slots
 
 
 class RunState:
@@ -39,7 +43,7 @@ class RunState:
         self._found: list[bool] = []
         self._gates: tuple[_Gate, ...] = ()
         self._evaluation: _Evaluation | None = None
-        self._model_options: Any = None
+        self._patches: Any = None
         self._canvas: tuple[int, int, int] = (0, 0, 0)
 
     def prepare(self, guider: Any, model_options: dict[str, Any], noise: Tensor) -> None:
@@ -47,29 +51,34 @@ class RunState:
         keys = [entry.subject.key for entry in self.settings.subjects]
         self._canvas = (noise.shape[0], *noise.shape[-2:])
         self._found = subjects_in(guider.conds, keys)
+        for entry, found in zip(self.settings.subjects, self._found, strict=True):
+            if not found:
+                logging.warning(
+                    f"MoMA: no positive prompt of this run knows where the subject {entry.subject.word!r} is, so its "
+                    "features reach the whole picture. Encode the prompt with MoMA Text Encode, or add MoMA Mark Subject."
+                )
         attach_rows(guider.conds, keys, noise)
         options = model_options["transformer_options"]
-        self.subjects = tuple(
-            _subject_run(entry, guider.inner_model, options, noise) for entry in self.settings.subjects
-        )
+        self.subjects = tuple(_subject_run(entry, guider, options, noise) for entry in self.settings.subjects)
         sampling = guider.inner_model.model_sampling
         self._gates = tuple(_Gate.of(entry, sampling) for entry in self.settings.subjects)
 
     def begin_evaluation(self, model_options: dict[str, Any], device: torch.device) -> None:
         """A guider starts to evaluate its prompts at one noise level."""
-        self._model_options = model_options
+        self._patches = _replacements(model_options)
         self._evaluation = _Evaluation(len(self.subjects), self._canvas, device) if any(self._found) else None
 
     def end_evaluation(self) -> None:
         """The maps that came together become the masks of the next evaluation."""
         if self._evaluation is not None and self._evaluation.has_maps:
-            self.masks = self._evaluation.masks()
+            self.masks = self._evaluation.masks(self.masks)
         self._evaluation = None
-        self._model_options = None
+        self._patches = None
 
     def begin_call(self, model_options: dict[str, Any]) -> None:
-        """A batch of prompts is evaluated; extra calls by PAG or skip-layer guidance come with changed options."""
-        self._collecting = self._evaluation is not None and model_options is self._model_options
+        """A batch of prompts is evaluated; extra calls by PAG or skip-layer guidance come with other patches."""
+        # The options themselves may be a copy: AnimateDiff-Evolved makes one for every evaluation.
+        self._collecting = self._evaluation is not None and _replacements(model_options) is self._patches
 
     def end_call(self) -> None:
         """The batch is done."""
@@ -77,23 +86,39 @@ class RunState:
             self._evaluation.end_call()
         self._collecting = False
 
-    def forward(self, rows: Any, x: Tensor, sigma: Tensor | None) -> Forward:
+    def unknown_rows(self, x: Tensor) -> Rows | None:
+        """For a conditioning that another node made during the run: negative rows, if they have the run's size.
+
+        The deprecated Perp-Neg node does so with its empty prompt.
+        """
+        batch, height, width = self._canvas
+        if x.shape[0] % batch or x.shape[-2:] != (height, width):
+            return None
+        pixels = torch.arange(batch * height * width, device=x.device).view(batch, 1, height, width)
+        return Rows(
+            tokens=torch.zeros(x.shape[0], len(self.subjects), 1, device=x.device),
+            positive=torch.zeros(x.shape[0], dtype=torch.int64, device=x.device),
+            pixels=pixels.repeat(x.shape[0] // batch, 1, 1, 1),
+        )
+
+    def forward(self, rows: Rows, x: Tensor, sigma: Tensor | None) -> Forward:
         """What the layers of one UNet forward need."""
         factors = [self._factors(i, sigma, x.device) for i in range(len(self.subjects))]
-        size = (x.shape[-2], x.shape[-1])
         return Forward(
             subjects=self.subjects,
             rows=rows,
             cross_factors=tuple(cross for cross, _ in factors),
             self_factors=tuple(own for _, own in factors),
-            size=size,
-            map_sum=torch.zeros(x.shape[0], len(self.subjects), *size, device=x.device) if self._collecting else None,
+            size=(x.shape[-2], x.shape[-1]),
+            collecting=self._collecting,
+            selecting=x.device.type == "cpu",
         )
 
     def finish_forward(self, forward: Forward) -> None:
         """Put the forward's maps in their places on the canvas."""
-        if forward.map_count and self._evaluation is not None:
-            self._evaluation.add(forward)
+        maps = forward.mean_map()
+        if maps is not None and self._evaluation is not None:
+            self._evaluation.add(maps, forward.rows)
 
     def final_masks(self) -> dict[str, Tensor]:
         """{subject key: [B, H, W]}; all ones for a subject whose tokens no positive prompt had."""
@@ -105,7 +130,7 @@ class RunState:
 
     def clear(self) -> None:
         """Let go of everything on the device."""
-        self.subjects, self.masks, self._evaluation, self._model_options = (), None, None, None
+        self.subjects, self.masks, self._evaluation, self._patches = (), None, None, None
 
     def _factors(self, i: int, sigma: Tensor | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         run, gate = self.subjects[i], self._gates[i]
@@ -115,9 +140,9 @@ class RunState:
         image_tokens, shortcut = run.settings.image_tokens, run.settings.shortcut
         cross = own = None
         if image_tokens is not None and image_tokens.weight != 0:
-            cross = gate.cross.apply(_times(mask, run.cross_area) * image_tokens.weight, sigma)
+            cross = gate.cross.apply(_times(mask, run.cross_area), sigma)
         if shortcut is not None and shortcut.strength != 0:
-            own = gate.shortcut.apply(_times(mask, run.self_area) * shortcut.strength, sigma)
+            own = gate.shortcut.apply(_times(mask, run.self_area), sigma)
         return cross, own
 
 
@@ -127,10 +152,11 @@ class _Range:
 
     start: float
     end: float
+    always: bool
 
     def apply(self, factor: Tensor, sigma: Tensor | None) -> Tensor:
         # Multiplied rather than branched on: reading sigma would make the CPU wait for the GPU in every step.
-        if sigma is None:
+        if sigma is None or self.always:
             return factor
         level = sigma.flatten()[0]
         return factor * ((level <= self.start) & (level >= self.end))
@@ -148,7 +174,8 @@ class _Gate:
         def span(part: Any) -> _Range:
             window = Window() if part is None else part.window
             sigma = model_sampling.percent_to_sigma
-            return _Range(float(sigma(window.start)), float(sigma(window.end)))
+            always = window.start <= 0 and window.end >= 1
+            return _Range(float(sigma(window.start)), float(sigma(window.end)), always)
 
         return cls(span(entry.image_tokens), span(entry.shortcut))
 
@@ -168,10 +195,7 @@ class _Evaluation:
         self._call_sums = torch.zeros_like(self.sums)
         self._call_counts = torch.zeros_like(self.sums)
 
-    def add(self, forward: Forward) -> None:
-        assert forward.map_sum is not None
-        rows = forward.rows
-        maps = forward.map_sum / forward.map_count
+    def add(self, maps: Tensor, rows: Rows) -> None:
         known = rows.tokens.amax(dim=2).to(maps.dtype)[..., None, None].expand_as(maps)
         places = (rows.positive.view(-1, 1, 1, 1) * self.sums.shape[2] + rows.pixels).flatten()
         for canvas, values in ((self._call_sums, maps * known), (self._call_counts, known)):
@@ -186,21 +210,26 @@ class _Evaluation:
         self._call_sums.zero_()
         self._call_counts.zero_()
 
-    def masks(self) -> Tensor:
+    def masks(self, previous: Tensor | None) -> Tensor:
+        """[S, B, H, W]; where no positive row knew a subject of an image (timestep ranges), its mask stays."""
         subjects, (batch, height, width) = self.sums.shape[0], self.canvas
         by_image = (subjects, 2, batch, height * width)
         maps = (self.sums / self.counts.clamp(min=1)).view(by_image).transpose(1, 2)
         covered = (self.counts > 0).view(by_image).transpose(1, 2)
-        return subject_mask(maps, covered).view(subjects, batch, height, width)
+        found = subject_mask(maps, covered)
+        before = torch.ones_like(found) if previous is None else previous.view_as(found)
+        known = covered[:, :, 1].any(dim=-1, keepdim=True)
+        return torch.where(known, found, before).view(subjects, batch, height, width)
 
 
-def _subject_run(entry: SubjectSettings, model: Any, options: dict[str, Any], noise: Tensor) -> SubjectRun:
-    tokens: dict[int, tuple[Tensor, Tensor]] = {}
-    reference: dict[int, tuple[Tensor, Tensor]] = {}
+def _subject_run(entry: SubjectSettings, guider: Any, options: dict[str, Any], noise: Tensor) -> SubjectRun:
+    model = guider.inner_model
+    tokens: ImageTokenLayers | None = None
+    reference: KeysValues = {}
     if entry.image_tokens is not None and entry.image_tokens.weight != 0:
-        tokens = _image_tokens(entry, noise.device, model.get_dtype_inference())
+        tokens = image_token_layers(entry, noise.device, model.get_dtype_inference())
     if entry.shortcut is not None and entry.shortcut.strength != 0:
-        reference = reference_keys_values(model, entry, entry.shortcut, options, noise.device)
+        reference = reference_keys_values(guider.model_patcher, model, entry, entry.shortcut, options, noise.device)
     return SubjectRun(
         settings=entry,
         image_tokens=tokens,
@@ -208,15 +237,6 @@ def _subject_run(entry: SubjectSettings, model: Any, options: dict[str, Any], no
         cross_area=_area(entry.image_tokens, noise),
         self_area=_area(entry.shortcut, noise),
     )
-
-
-def _image_tokens(entry: SubjectSettings, device: torch.device, dtype: torch.dtype) -> dict[int, tuple[Tensor, Tensor]]:
-    """Keys and values of the image tokens per block, for negative rows (embedding 0) and positive rows."""
-    embedding = entry.subject.embedding.to(device, dtype)
-    module = entry.adapter.module
-    tokens = module.projector(torch.cat([torch.zeros_like(embedding), embedding]))
-    layers = [module.layer(2 * block + 1) for block in range(len(BLOCKS))]
-    return {block: (layer.to_k_ip(tokens), layer.to_v_ip(tokens)) for block, layer in enumerate(layers)}
 
 
 def _area(part: Any, noise: Tensor) -> Tensor | None:
@@ -236,12 +256,13 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """OUTER_SAMPLE: gives the run its state, and logs the masks of a run that ended well."""
     guider = executor.class_obj
     settings = guider.model_patcher.get_attachment(KEY)
-    if guider.model_patcher.get_additional_models_with_key("multigpu"):
-        raise ValueError("MoMA does not work with MultiGPU work units: remove that node from this model.")
     original = guider.model_options
+    check_neighbours(guider.model_patcher, settings, original["transformer_options"])
     guider.model_options = comfy.model_patcher.create_model_options_clone(original)
-    state = RunState(settings)
-    guider.model_options["transformer_options"][KEY] = state
+    options = guider.model_options["transformer_options"]
+    without_compilation(options)
+    fill_slots(options)
+    options[KEY] = state = RunState(settings)
     try:
         samples = executor(*args, **kwargs)
         settings.log.record(samples, state.final_masks())
@@ -291,6 +312,8 @@ def diffusion_model(
     """DIFFUSION_MODEL: one forward of the UNet over some rows."""
     rows = take_rows(kwargs)
     state = transformer_options.get(KEY)
+    if rows is None and state is not None:
+        rows = state.unknown_rows(x)
     if rows is None or state is None:
         return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
     forward = state.forward(rows, x, transformer_options.get("sigmas"))
@@ -298,6 +321,10 @@ def diffusion_model(
     out = executor(x, timesteps, context, y, control, options, **kwargs)
     state.finish_forward(forward)
     return out
+
+
+def _replacements(model_options: dict[str, Any]) -> Any:
+    return model_options["transformer_options"].get("patches_replace")
 
 
 def _state(model_options: dict[str, Any] | None) -> RunState | None:

@@ -41,9 +41,9 @@ class Shortcut:
     """Self-attention to the reference's keys and values, times `strength`.
 
     Attributes:
-        latent: VAE encoding of the reference [1, 4, h, w], as a VAE gives it (not scaled).
+        latent: VAE encoding of the references [N, 4, h, w], as a VAE gives it (not scaled).
         text: CLIP encoding of the bare subject word(s) [1, L, context].
-        noise: Standard normal noise like `latent`, for the reference pass.
+        noise: Standard normal noise like `latent`, for the reference passes.
     """
 
     latent: Tensor

@@ -1,8 +1,10 @@
 """Encoding text with a CLIP, and knowing where in it the subject is."""
 
 import logging
+from string import punctuation
 from typing import Any
 
+from comfy.sd1_clip import escape_important, token_weights, unescape_important
 from torch import Tensor
 
 from ..subject import Subject
@@ -25,9 +27,35 @@ def encode_prompt(clip: Any, subject: Subject, prompt: str, template: str) -> tu
     """
     text = fill_template(template, subject.word, prompt)
     tokens = _tokenize(clip, text)
-    words = [_tokenize(clip, word)[CLIP_KEY] for word in subject.word.split()]
+    conditioning, warning = _marked(clip, subject, clip.encode_from_tokens_scheduled(tokens), text, tokens)
+    return conditioning, text, warning
+
+
+def mark_subject(clip: Any, subject: Subject, conditioning: list, text: str) -> tuple[list, str | None]:
+    """A copy of `conditioning`, which was encoded from `text`, that knows where one more subject is.
+
+    Returns:
+        The CONDITIONING, and a warning as for `encode_prompt`.
+
+    Raises:
+        ValueError: The CLIP is not SD1.5's, or the conditioning is too short for the text.
+    """
+    tokens = _tokenize(clip, text)
+    needed = sum(len(chunk) for chunk in tokens[CLIP_KEY])
+    length = min(entry[0].shape[1] for entry in conditioning)
+    if length < needed:
+        raise ValueError(
+            f"text makes {needed} tokens, conditioning has {length}: it was not encoded from this text. Connect the text "
+            "output of the MoMA Text Encode (or the text of the CLIP Text Encode) that made the conditioning."
+        )
+    return _marked(clip, subject, conditioning, text, tokens)
+
+
+def _marked(
+    clip: Any, subject: Subject, conditioning: list, text: str, tokens: dict[str, list]
+) -> tuple[list, str | None]:
+    words = [_tokenize(clip, _escaped(_bare(word)))[CLIP_KEY] for word in plain_text(subject.word).split()]
     positions = find_subject(tokens[CLIP_KEY], words)
-    conditioning = clip.encode_from_tokens_scheduled(tokens)
     warning = None
     if not positions:
         warning = (
@@ -35,13 +63,29 @@ def encode_prompt(clip: Any, subject: Subject, prompt: str, template: str) -> tu
             "mask is off, and the subject's features reach the whole picture. Say the subject word in the prompt."
         )
         logging.warning(warning)
-    return mark_tokens(conditioning, {subject.key: positions}), text, warning
+    return mark_tokens(conditioning, {subject.key: positions}), warning
 
 
 def encode_word(clip: Any, word: str) -> Tensor:
     """The bare subject word(s) for the reference pass: [1, L, context]."""
-    encoded = clip.encode_from_tokens(_tokenize(clip, word))
+    encoded = clip.encode_from_tokens(_tokenize(clip, _escaped(plain_text(word))))
     return encoded.detach().to("cpu")
+
+
+def plain_text(text: str) -> str:
+    """What a prompt says without ComfyUI's emphasis: "a (red:1.2) car" reads "a red car", "\\(1\\)" reads "(1)"."""
+    parts = token_weights(escape_important(text), 1.0)
+    return unescape_important("".join(part for part, _ in parts))
+
+
+def _bare(word: str) -> str:
+    """A word without the punctuation around it, which CLIP joins with whatever punctuation follows in the text."""
+    return word.strip(punctuation) or word
+
+
+def _escaped(plain: str) -> str:
+    """Plain text as a prompt in which no parenthesis is emphasis."""
+    return plain.replace("(", "\\(").replace(")", "\\)")
 
 
 def _tokenize(clip: Any, text: str) -> dict[str, list]:

@@ -4,20 +4,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.utils
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .image import pixel_values
-from .model import Mllm
+from .model import LoadedMllm, Mllm
 from .prompt import IMAGE_TOKEN, prompt_ids
 
 
 def subject_hidden_state(mllm: Mllm, image: np.ndarray, mask: np.ndarray, subject: str, prompt: str) -> Tensor:
     """The MLLM's hidden state after reading the instruction: what MoMA makes the subject embedding from.
 
-    Shows progress layer by layer, and can be cancelled at each.
+    Loads the MLLM if it is not yet. Shows progress layer by layer, and can be cancelled at each.
 
     Args:
         image: [H, W, 3] uint8.
@@ -27,19 +28,46 @@ def subject_hidden_state(mllm: Mllm, image: np.ndarray, mask: np.ndarray, subjec
     Returns:
         [1, hidden] float32 on the CPU, not yet checked for NaN.
     """
-    comfy.model_management.load_models_gpu([mllm.patcher])
-    device, dtype = mllm.patcher.load_device, mllm.compute_dtype
-    ids = prompt_ids(mllm.tokenizer, subject, prompt)
+    loaded = mllm.loaded
+    _bring_to_device(loaded.patcher)
+    return forward(loaded, pixel_values(image, mask, mllm.image_size), prompt_ids(mllm.tokenizer, subject, prompt))
+
+
+def forward(loaded: LoadedMllm, pixels: Tensor, ids: list[int]) -> Tensor:
+    """One pass with a loaded patcher.
+
+    Args:
+        pixels: [1, 3, S, S].
+        ids: Token ids with one `IMAGE_TOKEN`.
+
+    Returns:
+        The last hidden state [1, hidden], float32 on the CPU.
+    """
+    device, dtype, module = loaded.patcher.load_device, loaded.plan.compute_dtype, loaded.module
     place = ids.index(IMAGE_TOKEN)
-    layers = mllm.module.layers()
+    layers = module.layers()
     progress = comfy.utils.ProgressBar(len(layers))
-    with _after_each(layers, lambda: progress.update(1)):
-        features = mllm.module.image_features(pixel_values(image, mask, mllm.image_size).to(device, dtype))
+    with _after_each(layers, lambda: _step(progress)):
+        features = module.image_features(pixels.to(device, dtype))
         before, after = (
-            mllm.module.embed(torch.tensor([part], device=device)).to(dtype) for part in (ids[:place], ids[place + 1 :])
+            module.embed(torch.tensor([part], device=device)).to(dtype) for part in (ids[:place], ids[place + 1 :])
         )
-        hidden = mllm.module.last_hidden_state(torch.cat([before, features, after], dim=1))
+        hidden = module.last_hidden_state(torch.cat([before, features, after], dim=1))
     return hidden.to("cpu", torch.float32)
+
+
+def _bring_to_device(patcher: comfy.model_patcher.ModelPatcher) -> None:
+    """Load through ComfyUI; when that is cancelled or fails, what had arrived goes back."""
+    try:
+        comfy.model_management.load_models_gpu([patcher])
+    except BaseException:  # Cancel is no Exception since ComfyUI 0.30
+        patcher.detach()
+        raise
+
+
+def _step(progress: comfy.utils.ProgressBar) -> None:
+    progress.update(1)
+    comfy.model_management.throw_exception_if_processing_interrupted()  # the bar looks only when it is redrawn
 
 
 @contextmanager

@@ -1,35 +1,36 @@
 """The MLLM as a module in ComfyUI's memory management.
 
 The architectures are transformers' own LLaMA and CLIP; their leaves are replaced with ComfyUI's, which cast and move
-weights as they compute. Weights stay in the dtype and, where possible, the memory-mapped pages of the files.
+weights as they compute. Weights stay in the memory-mapped pages of the files, where possible, or are packed smaller.
 """
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from weakref import WeakValueDictionary
 
 import comfy.model_management
 import comfy.model_patcher
-import comfy.ops
+import comfy.utils
 import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaModel
 
 from .checkpoint import Checkpoint, LanguageShape, VisionShape, read_checkpoint
-
-PRECISIONS = ("auto", "bf16", "fp16", "fp32")
-"""What the model computes in."""
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from .identity import checkpoint_identity
+from .leaves import CastLinear, PackedLinear, RowScaledLinear, comfy_leaf
+from .precision import PACKED, Plan, is_language_matrix, make_plan
+from .quantize import QUANTIZED_DTYPES, SCALE_SUFFIX
 
 
 class MllmModule(nn.Module):
     """Vision tower, projector and language model. A plain module: transformers' own has a read-only `device`."""
 
     def __init__(self, language: LanguageShape, vision: VisionShape) -> None:
-        """Build the structure without memory; weights are assigned afterwards."""
+        """Build the structure, of torch's own leaves and without memory; `fill` completes it."""
         super().__init__()
         with torch.device("meta"):
             self.language = LlamaModel(_llama_config(language))
@@ -41,7 +42,7 @@ class MllmModule(nn.Module):
                 nn.Linear(language.hidden_size, language.hidden_size),
             )
         self.vision.post_layernorm = nn.Identity()  # belongs to the pooled output, which LLaVA does not use
-        _use_comfy_leaves(self)
+        self.requires_grad_(False)
 
     def image_features(self, pixels: Tensor) -> Tensor:
         """[1, 3, S, S] to [1, patches, hidden]: patch features of the layer LLaVA selects, projected."""
@@ -64,69 +65,168 @@ class MllmModule(nn.Module):
     def _bring_strays(self, device: torch.device) -> None:
         """Norm weights, the class embedding and constant buffers are no leaves of ComfyUI's: they follow the input."""
         for module in self.modules():
-            if not hasattr(module, "comfy_cast_weights"):
-                for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                    if tensor.device != device:
-                        tensor.data = tensor.data.to(device)
+            if hasattr(module, "comfy_cast_weights"):
+                continue
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.device != device:
+                    setattr(module, name, nn.Parameter(parameter.to(device), requires_grad=False))
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
 
 
-@dataclass(frozen=True)
-class Mllm:
-    """A loaded MLLM: what the nodes pass on as MOMA_MLLM.
+@dataclass(frozen=True, eq=False)
+class LoadedMllm:
+    """The weights of an MLLM, shared by all that name it; freed when nothing does any more.
 
     Attributes:
         patcher: Holds the `MllmModule`; ComfyUI loads and offloads it.
-        name: Folder name shown in messages.
-        compute_dtype: What the forward pass computes in.
-        hidden_size: Size of a hidden state (4096 in the released checkpoint).
-        image_size: Side of the vision tower's input (336).
+        plan: How it is kept and computed.
     """
 
     patcher: comfy.model_patcher.ModelPatcher
-    tokenizer: SentencePieceProcessor
-    name: str
-    compute_dtype: torch.dtype
-    hidden_size: int
-    image_size: int
+    plan: Plan
 
     @property
     def module(self) -> MllmModule:
-        """The weights. Compute with them only while the patcher is loaded."""
+        """The module. Compute with it only while the patcher is loaded."""
         return self.patcher.model
 
 
-def load_mllm(folder: Path, precision: str = "auto", vision_heads: int | None = None) -> Mllm:
-    """Read a LLaVA folder into ComfyUI's memory management.
+_LOADED: WeakValueDictionary[tuple[str, Plan], LoadedMllm] = WeakValueDictionary()
+"""What is loaded now, by identity and plan; keeps nothing alive."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mllm:
+    """A checked MLLM, whose weights are read when they are first needed: what the nodes pass on as MOMA_MLLM.
+
+    Attributes:
+        path: The checkpoint.
+        name: Its name in messages.
+        identity: Content hash, see `checkpoint_identity`.
+        precision: As chosen at the node.
+        plan: What that means for this file on this machine.
+        hidden_size: Size of a hidden state (4096 in the released checkpoint).
+        image_size: Side of the vision tower's input (336).
+        vision_heads: See `read_checkpoint`.
+    """
+
+    path: Path
+    name: str
+    identity: str
+    precision: str
+    plan: Plan
+    hidden_size: int
+    image_size: int
+    tokenizer: SentencePieceProcessor
+    vision_heads: int | None
+
+    @cached_property
+    def loaded(self) -> LoadedMllm:
+        """The weights, read (with progress) unless another handle of the same content and plan has them."""
+        key = (self.identity, self.plan)
+        found = _LOADED.get(key)
+        if found is None:
+            logging.info("MoMA MLLM %s: %s", self.name, self.plan.summary)
+            found = load_checkpoint(read_checkpoint(self.path, self.vision_heads), self.plan, mllm_device())
+            _LOADED[key] = found
+        return found
+
+    def leave_device(self) -> None:
+        """Take the weights off the device, as ComfyUI does for want of room; does nothing where none are loaded."""
+        loaded = _LOADED.get((self.identity, self.plan))
+        if loaded is None:
+            return
+        others = [m for m in comfy.model_management.current_loaded_models if m.model is not loaded.patcher]
+        comfy.model_management.free_memory(1e30, loaded.patcher.load_device, keep_loaded=others)
+
+
+def mllm_device() -> torch.device:
+    """Where MLLMs compute: also with --lowvram, which puts text encoders on the CPU, as streaming 7B is far faster."""
+    return comfy.model_management.get_torch_device()
+
+
+def load_mllm(path: Path, precision: str = "auto", vision_heads: int | None = None) -> Mllm:
+    """Check a LLaVA checkpoint and plan how to run it, without reading its weights.
 
     Args:
         precision: One of `PRECISIONS`.
         vision_heads: See `read_checkpoint`.
 
     Raises:
-        ValueError: See `read_checkpoint`; also a weight of a wrong shape.
+        ValueError: See `read_checkpoint` and `make_plan`; also a weight that is missing, unknown or of a wrong shape.
     """
-    checkpoint = read_checkpoint(folder, vision_heads)
-    device = comfy.model_management.text_encoder_device()
-    compute_dtype = _DTYPES.get(precision) or _fast_dtype(device)
+    checkpoint = read_checkpoint(path, vision_heads)
+    weights = _checked_weights(checkpoint, MllmModule(checkpoint.language_shape, checkpoint.vision_shape))
+    return Mllm(
+        path=path,
+        name=checkpoint.name,
+        identity=checkpoint_identity(path),
+        precision=precision,
+        plan=make_plan(precision, weights, mllm_device()),
+        hidden_size=checkpoint.language_shape.hidden_size,
+        image_size=checkpoint.vision_shape.image_size,
+        tokenizer=checkpoint.tokenizer,
+        vision_heads=vision_heads,
+    )
+
+
+def load_checkpoint(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> LoadedMllm:
+    """Put weights into ComfyUI's memory management, packed as planned.
+
+    Shows progress and can be cancelled at each weight; then nothing is left.
+
+    Args:
+        device: Where it will compute.
+    """
     module = MllmModule(checkpoint.language_shape, checkpoint.vision_shape)
+    weights = _checked_weights(checkpoint, module)
+    use_comfy_leaves(module, plan.storage, {key for key in weights if key.endswith(SCALE_SUFFIX)})
+    progress = comfy.utils.ProgressBar(len(weights))
+    for key in list(weights):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        _fill(module, key, weights, plan.compute_dtype)
+        progress.update(1)
+    _fill_constants(module, checkpoint.language_shape)
     patcher = comfy.model_patcher.CoreModelPatcher(
         module, load_device=device, offload_device=comfy.model_management.text_encoder_offload_device()
     )
-    _assign(module, checkpoint, compute_dtype)
-    return Mllm(
-        patcher=patcher,
-        tokenizer=checkpoint.tokenizer,
-        name=checkpoint.name,
-        compute_dtype=compute_dtype,
-        hidden_size=checkpoint.language_shape.hidden_size,
-        image_size=checkpoint.vision_shape.image_size,
-    )
+    return LoadedMllm(patcher, plan)
 
 
-def _fast_dtype(device: torch.device) -> torch.dtype:
-    if comfy.model_management.should_use_bf16(device):
-        return torch.bfloat16
-    return torch.float16 if comfy.model_management.should_use_fp16(device) else torch.float32
+def use_comfy_leaves(module: MllmModule, storage: str | None, scale_keys: set[str]) -> None:
+    """Replace torch's leaves by ComfyUI's of the same size.
+
+    Args:
+        storage: What the matrices of the language model become, see `Plan`.
+        scale_keys: Names of the scales in the file: what has one is packed there already.
+    """
+    for parent_name, parent in list(module.named_modules()):
+        for name, leaf in list(parent.named_children()):
+            key = f"{parent_name}.{name}.weight"
+            linear: type[CastLinear] = CastLinear
+            if key + SCALE_SUFFIX in scale_keys:
+                linear = RowScaledLinear
+            elif storage is not None and is_language_matrix(key):
+                linear = PACKED[storage]
+            replacement = comfy_leaf(leaf, linear)
+            if replacement is not None:
+                setattr(parent, name, replacement)
+
+
+def _fill(module: MllmModule, key: str, weights: dict[str, Tensor], compute_dtype: torch.dtype) -> None:
+    """Give one weight to its leaf. Assigned, not copied: a matrix in the file's dtype needs no memory."""
+    owner_name, _, name = key.rpartition(".")
+    owner, tensor = module.get_submodule(owner_name), weights[key]
+    parts = {name: tensor}
+    if name == "weight" and isinstance(owner, PackedLinear):
+        if key + SCALE_SUFFIX not in weights:
+            packed, scale = owner.pack(tensor)
+            parts = {"weight": packed, "weight" + SCALE_SUFFIX: scale}
+    elif not isinstance(owner, (nn.Linear, nn.Embedding)):
+        parts = {name: tensor.to(compute_dtype)}  # all but the matrices are a few thousand values
+    for part, value in parts.items():
+        setattr(owner, part, nn.Parameter(value, requires_grad=False))
 
 
 def _llama_config(shape: LanguageShape) -> LlamaConfig:
@@ -156,65 +256,40 @@ def _clip_config(shape: VisionShape) -> CLIPVisionConfig:
     )
 
 
-def _use_comfy_leaves(module: nn.Module) -> None:
-    """Replace plain torch leaves by ComfyUI's of the same size."""
-    for parent in list(module.modules()):
-        for name, leaf in list(parent.named_children()):
-            make = _COMFY_LEAVES.get(type(leaf))
-            if make is not None:
-                setattr(parent, name, make(leaf))
+def _checked_weights(checkpoint: Checkpoint, module: MllmModule) -> dict[str, Tensor]:
+    """All weights by their names in `module`, whose leaves are still torch's own.
 
-
-_COMFY_LEAVES: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
-    nn.Linear: lambda leaf: comfy.ops.manual_cast.Linear(
-        leaf.in_features, leaf.out_features, bias=leaf.bias is not None, device="meta"
-    ),
-    nn.Embedding: lambda leaf: comfy.ops.manual_cast.Embedding(leaf.num_embeddings, leaf.embedding_dim, device="meta"),
-    nn.LayerNorm: lambda leaf: comfy.ops.manual_cast.LayerNorm(leaf.normalized_shape, eps=leaf.eps, device="meta"),
-    nn.Conv2d: lambda leaf: comfy.ops.manual_cast.Conv2d(
-        leaf.in_channels, leaf.out_channels, leaf.kernel_size, leaf.stride, bias=leaf.bias is not None, device="meta"
-    ),
-}
-
-
-def _assign(module: MllmModule, checkpoint: Checkpoint, compute_dtype: torch.dtype) -> None:
-    """Give the module its weights in one go; loading shard by shard would allocate the absent ones."""
+    Raises:
+        ValueError: A weight is missing, has no place, or is of a wrong shape or dtype.
+    """
     weights = dict(_prefixed(checkpoint))
     expected = module.state_dict()
     missing = sorted(set(expected) - set(weights))
     if missing:
         raise ValueError(f"MLLM {checkpoint.name} is incomplete: weight {missing[0]!r} is missing.")
-    unknown = sorted(set(weights) - set(expected))
-    if unknown:
-        raise ValueError(f"MLLM {checkpoint.name}: weight {unknown[0]!r} has no place in a LLaVA-1.5 model.")
     for key, tensor in weights.items():
-        if tensor.shape != expected[key].shape or not tensor.is_floating_point():
+        owner = key.removesuffix(SCALE_SUFFIX)
+        if owner not in expected:
+            raise ValueError(f"MLLM {checkpoint.name}: weight {key!r} has no place in a LLaVA-1.5 model.")
+        shape = tuple(expected[owner].shape)
+        if key != owner:
+            fits, wanted = tensor.shape == shape[:1] and tensor.is_floating_point(), f"scales {shape[:1]}"
+        elif key + SCALE_SUFFIX in weights:
+            fits, wanted = tensor.shape == shape and tensor.dtype in QUANTIZED_DTYPES, f"fp8 or int8 {shape}"
+        else:
+            fits = tensor.shape == shape and tensor.is_floating_point() and tensor.dtype.itemsize > 1
+            wanted = f"a floating-point one of shape {shape}"
+        if not fits:
             raise ValueError(
-                f"MLLM {checkpoint.name}: weight {key!r} is {tensor.dtype} {tuple(tensor.shape)}, expected a "
-                f"floating-point one of shape {tuple(expected[key].shape)}."
+                f"MLLM {checkpoint.name}: weight {key!r} is {tensor.dtype} {tuple(tensor.shape)}, expected {wanted}."
             )
-    follows = _linear_keys(module)
-    weights = {key: value if key in follows else value.to(compute_dtype) for key, value in weights.items()}
-    module.load_state_dict(weights, assign=True)
-    module.requires_grad_(False)
-    _fill_constants(module, checkpoint.language_shape)
+    return weights
 
 
 def _prefixed(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     for name in ("language", "vision", "projector"):
         for key, value in getattr(checkpoint, name).items():
             yield f"{name}.{key}", value
-
-
-def _linear_keys(module: nn.Module) -> set[str]:
-    """Weights that ComfyUI casts at each use, and that hence keep the file's dtype: all but a few thousand values."""
-    kinds = (nn.Linear, nn.Embedding)
-    return {
-        f"{name}.{key}"
-        for name, leaf in module.named_modules()
-        if isinstance(leaf, kinds)
-        for key, _ in leaf.named_parameters(recurse=False)
-    }
 
 
 def _fill_constants(module: MllmModule, shape: LanguageShape) -> None:

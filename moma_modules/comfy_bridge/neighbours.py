@@ -1,0 +1,51 @@
+"""Other nodes on the same MODEL that need a decision before a run starts."""
+
+import logging
+from typing import Any
+
+from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
+
+from .settings import Settings
+
+_REARRANGING = {"nodes_hypertile": "HyperTile", "nodes_tomesd": "Token Merging (TomePatchModel)"}
+"""ComfyUI's own nodes that re-order self-attention's tokens: the last part of their patches' module, and their names."""
+
+
+def check_neighbours(patcher: Any, settings: Settings, options: dict[str, Any]) -> None:
+    """Refuse what would fail inside the first step or give a wrong picture.
+
+    Args:
+        patcher: The run's MODEL.
+        options: The run's transformer options.
+
+    Raises:
+        ValueError: Naming the node and what to do.
+    """
+    if patcher.get_additional_models_with_key("multigpu"):
+        raise ValueError("MoMA does not work with MultiGPU work units: remove that node from this model.")
+    shortcuts = [entry.shortcut for entry in settings.subjects]
+    if not any(shortcut is not None and shortcut.strength != 0 for shortcut in shortcuts):
+        return
+    for patch in options.get("patches", {}).get("attn1_patch", ()):
+        module = getattr(patch, "__module__", "")
+        name = next((name for end, name in _REARRANGING.items() if module.endswith(end)), None)
+        if name is not None:
+            raise ValueError(
+                f"MoMA: {name} on this model re-arranges the tokens of self-attention, and Self-Attn Shortcut must know "
+                f"their places. Remove {name} or Self-Attn Shortcut; Apply MoMA Adapter alone works with it."
+            )
+
+
+def without_compilation(options: dict[str, Any]) -> None:
+    """Take TorchCompileModel's wrapper out of a run's own transformer options.
+
+    That node compiles without checks on the transformer options, where a run's patches and masks are: a compiled UNet
+    would go on with those of its first step.
+    """
+    wrappers = options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
+    if wrappers.pop(COMPILE_KEY, None) is not None:
+        logging.warning(
+            "MoMA: this run goes without TorchCompileModel, which would freeze the subject mask of the first step. "
+            "The picture is right, and as fast as without that node."
+        )

@@ -1,0 +1,24 @@
+"""Where our attention patches sit among `patches_replace`: one slot per block, whoever else wants it."""
+
+from typing import Any
+
+from .attention import AttentionPatch, CrossAttentionPatch, SelfAttentionPatch
+from .unet import BLOCKS
+
+_KINDS: tuple[tuple[str, type[AttentionPatch]], ...] = (("attn1", SelfAttentionPatch), ("attn2", CrossAttentionPatch))
+
+
+def fill_slots(options: dict[str, Any]) -> None:
+    """Put our patches in every slot of transformer options that are the caller's own, around what is there.
+
+    On a MODEL when a node is applied, and again on a run's options: nodes that came later may have taken a slot (SAG,
+    or packs that do not look at what was there before).
+    """
+    replacements = options.setdefault("patches_replace", {})
+    for kind, patch in _KINDS:
+        slots = replacements.setdefault(kind, {})
+        for block, place in enumerate(BLOCKS):
+            # A replacement registered for the transformer inside the block hides one for the block.
+            slot = (*place, 0) if (*place, 0) in slots else place
+            if not isinstance(slots.get(slot), patch):
+                slots[slot] = patch(block, slots.get(slot))

@@ -1,0 +1,164 @@
+"""The matrices of the MLLM as leaves that ComfyUI streams, in 16 bit or packed smaller.
+
+Every leaf is ComfyUI's Linear, with a weight of its own dtype that is brought to the input's device as it is stored and
+unpacked there. What belongs to a packed weight is a parameter too: all of it moves, is counted and is freed together.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management
+import comfy.ops
+import torch
+from torch import Tensor, nn
+
+from .quantize import quantize_rows
+
+NF4_BLOCK = 64
+"""Weights that share a scale in 4 bit (QLoRA, arXiv 2305.14314, section 3)."""
+
+OUTLIER = 6.0
+"""Activations above it are multiplied in 16 bit (LLM.int8(), arXiv 2208.07339, section 3.2)."""
+
+
+class CastLinear(comfy.ops.manual_cast.Linear):
+    """A weight in any floating-point dtype, cast to the input's.
+
+    While a copy is on the device, the weight on the CPU is kept and comes back as it was: it may be a file's mapped
+    pages, which a copy would turn into memory of the process.
+    """
+
+    weight: nn.Parameter
+    _home: Tensor | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        here = self.weight.device
+        there = fn(torch.empty(0, device=here)).device
+        if here.type == "cpu" and there.type != "cpu":
+            # ComfyUI moves whole models in one go; this is where Cancel can step in.
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            self._home = self.weight.data
+        elif there.type == "cpu" and self._home is not None:
+            self.weight = nn.Parameter(self._home, requires_grad=False)
+            self._home = None
+        return super()._apply(fn, recurse)
+
+
+class PackedLinear(CastLinear):
+    """A weight packed smaller with scales, unpacked at each use."""
+
+    weight_scale: Tensor
+
+    @staticmethod
+    def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """A weight [rows, columns] as (packed weight, float32 scales)."""
+        raise NotImplementedError
+
+    def multiply(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """The product, [..., columns] to [..., rows], all on one device."""
+        raise NotImplementedError
+
+    def forward_comfy_cast_weights(self, x: Tensor) -> Tensor:
+        """Bring the packed weight to the input's device and multiply."""
+        weight, bias, stream = comfy.ops.cast_bias_weight(
+            self, x, dtype=self.weight.dtype, bias_dtype=x.dtype, offloadable=True
+        )
+        product = self.multiply(x, weight, self.weight_scale.to(x.device), bias)
+        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+        return product
+
+
+class RowScaledLinear(PackedLinear):
+    """8 bit with a scale per row, see `quantize`; computes in the input's dtype. Needs no extra library."""
+
+    def multiply(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Scale the weight, not the product: that could overflow fp16."""
+        dense = weight.to(x.dtype).mul_(scale.to(x.dtype)[:, None])
+        return nn.functional.linear(x, dense, bias)
+
+
+class Fp8Linear(RowScaledLinear):
+    """float8_e4m3fn with a scale per row."""
+
+    @staticmethod
+    def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantise row by row."""
+        return quantize_rows(weight, torch.float8_e4m3fn)
+
+
+class Int8Linear(PackedLinear):
+    """LLM.int8() of bitsandbytes: 8-bit products on the GPU, with outliers in 16 bit.
+
+    Not bitsandbytes' own layer: that one moves its weight, after the first use, to where `.to()` does not find it.
+    """
+
+    @staticmethod
+    def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantise row by row; the scale is the largest magnitude of the row."""
+        import bitsandbytes
+
+        packed, scale, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.half())
+        return packed, scale
+
+    def multiply(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply with bitsandbytes, whose GPU kernels take fp16."""
+        import bitsandbytes
+
+        state = bitsandbytes.MatmulLtState()
+        state.CB, state.SCB, state.has_fp16_weights, state.threshold = weight, scale, False, OUTLIER
+        values = x if x.device.type == "cpu" else x.half()
+        bias = None if bias is None else bias.to(values.dtype)
+        return bitsandbytes.matmul(values, weight, bias=bias, state=state).to(x.dtype)
+
+
+class Nf4Linear(PackedLinear):
+    """4-bit NormalFloat of bitsandbytes, with a scale per `NF4_BLOCK` weights; computes in the input's dtype."""
+
+    @staticmethod
+    def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantise block by block: [rows * columns / 2, 1] uint8 and the largest magnitude of each block."""
+        import bitsandbytes
+
+        packed, state = bitsandbytes.functional.quantize_4bit(
+            weight.contiguous(), blocksize=NF4_BLOCK, compress_statistics=False, quant_type="nf4"
+        )
+        return packed, state.absmax
+
+    def multiply(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        """Unpack and multiply."""
+        import bitsandbytes
+
+        state = bitsandbytes.functional.QuantState(
+            scale,
+            shape=torch.Size((self.out_features, self.in_features)),
+            code=None,
+            blocksize=NF4_BLOCK,
+            quant_type="nf4",
+            dtype=x.dtype,
+        )
+        dense = bitsandbytes.functional.dequantize_4bit(weight, state)
+        return nn.functional.linear(x, dense, bias)
+
+
+def comfy_leaf(leaf: nn.Module, linear: type[CastLinear] = CastLinear) -> nn.Module | None:
+    """ComfyUI's leaf for a plain torch one of the same size, without memory; None where ComfyUI has none.
+
+    Args:
+        linear: What a Linear becomes.
+    """
+    make = _LEAVES.get(type(leaf))
+    return make(leaf, linear) if make else None
+
+
+_LEAVES: dict[type[nn.Module], Callable[[Any, type[CastLinear]], nn.Module]] = {
+    nn.Linear: lambda leaf, linear: linear(
+        leaf.in_features, leaf.out_features, bias=leaf.bias is not None, device="meta"
+    ),
+    nn.Embedding: lambda leaf, _: comfy.ops.manual_cast.Embedding(
+        leaf.num_embeddings, leaf.embedding_dim, device="meta"
+    ),
+    nn.LayerNorm: lambda leaf, _: comfy.ops.manual_cast.LayerNorm(leaf.normalized_shape, eps=leaf.eps, device="meta"),
+    nn.Conv2d: lambda leaf, _: comfy.ops.manual_cast.Conv2d(
+        leaf.in_channels, leaf.out_channels, leaf.kernel_size, leaf.stride, bias=leaf.bias is not None, device="meta"
+    ),
+}

@@ -1,0 +1,83 @@
+"""Prints docs/memory.md's table: what the MLLM takes at the published size, per precision and share of it on the card.
+
+    COMFYUI_PATH=... python scripts/memory_table.py
+
+Computed, not measured: the real code of the pack and of ComfyUI's patcher runs on tensors that have a device and a size
+but no content, and what is on the card is added up. Needs no card, no weights and little memory. 4-bit and 8-bit need
+bitsandbytes. Not in it: the CUDA context, the allocator's rounding, ComfyUI's transfer buffers (2 at most, of the size
+of the largest streamed weight).
+"""
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from bootstrap import bootstrap
+
+bootstrap()
+import torch
+from comfyui_moma.moma_modules.mllm.checkpoint import Checkpoint, LanguageShape, VisionShape
+from comfyui_moma.moma_modules.mllm.encode import forward
+from comfyui_moma.moma_modules.mllm.model import MllmModule, load_checkpoint
+from comfyui_moma.moma_modules.mllm.precision import Plan
+from fake_device import CARD, fake_card
+from sentencepiece import SentencePieceProcessor
+
+LANGUAGE = LanguageShape(4096, 11008, 32, 32, 32, 32000, 1e-5, 10000.0)
+VISION = VisionShape(1024, 4096, 23, 16, 14, 336)
+IDS = [1] * 20 + [-200] + [1] * 44
+"""With 576 image patches, 640 tokens."""
+
+PRECISIONS = {
+    "bf16": Plan(None, torch.bfloat16, ""),
+    "fp32": Plan(None, torch.float32, ""),
+    "fp8": Plan("fp8", torch.bfloat16, ""),
+    "8-bit": Plan("8-bit", torch.bfloat16, ""),
+    "4-bit": Plan("4-bit", torch.bfloat16, ""),
+}
+
+
+class Row(NamedTuple):
+    """Bytes: all weights, and the most that was in use on the card at once."""
+
+    weights: int
+    resident_peak: int
+    streamed_peak: int
+
+
+def checkpoint() -> Checkpoint:
+    """The released checkpoint's weights without content, in fp16 as it has them."""
+    parts: dict[str, dict[str, torch.Tensor]] = {"language": {}, "vision": {}, "projector": {}}
+    for key, value in MllmModule(LANGUAGE, VISION).state_dict().items():
+        part, _, name = key.partition(".")
+        parts[part][name] = torch.empty(value.shape, dtype=torch.float16)
+    return Checkpoint("published", LANGUAGE, VISION, **parts, tokenizer=SentencePieceProcessor())
+
+
+def measure(plan: Plan) -> Row:
+    """One load and one forward with everything on the card, one with as little as --novram leaves there."""
+    with fake_card() as usage:
+        loaded = load_checkpoint(checkpoint(), plan, CARD)
+        peaks = []
+        for budget in (1e32, 0.1):
+            loaded.patcher.partially_load(CARD, budget)
+            usage.peak = usage.current
+            forward(loaded, torch.empty(1, 3, VISION.image_size, VISION.image_size), IDS)
+            peaks.append(usage.peak)
+            loaded.patcher.detach()
+            assert usage.current == 0
+        return Row(loaded.patcher.model_size(), *peaks)
+
+
+def main() -> None:
+    """Print the table in Markdown."""
+    print("| precision | weights | peak, all on the card | peak, all streamed | on the card while sampling |")
+    print("|---|---|---|---|---|")
+    for name, plan in PRECISIONS.items():
+        cells = " | ".join(f"{size / 1e9:.1f} GB" for size in measure(plan))
+        print(f"| {name} | {cells} | 0 |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""The MLLM in ComfyUI's memory management: streaming, sharing, leaving, being cancelled."""
+
+import gc
+import json
+import shutil
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import comfy.memory_management
+import comfy.model_management
+import comfy.ops
+import comfy.utils
+import numpy as np
+import psutil
+import pytest
+import torch
+from comfyui_moma.moma_modules.mllm import model
+from comfyui_moma.moma_modules.mllm.checkpoint import Checkpoint, read_checkpoint
+from comfyui_moma.moma_modules.mllm.encode import forward, subject_hidden_state
+from comfyui_moma.moma_modules.mllm.identity import checkpoint_identity
+from comfyui_moma.moma_modules.mllm.leaves import CastLinear
+from comfyui_moma.moma_modules.mllm.model import LoadedMllm, Mllm, load_checkpoint, load_mllm
+from comfyui_moma.moma_modules.mllm.precision import Plan
+from fake_device import CARD, fake_card
+from random_weights import llava_folder
+from tiny_models import tiny_model
+
+STORAGES = [None, "fp8", "8-bit", "4-bit"]
+BUDGETS = [0.1, 0.2, 0.5, 0.8, 1e32]
+"""Of the model's size; 0.1 bytes is what ComfyUI gives with --novram, 1e32 everything."""
+
+CONSTANTS = 1024
+"""Bytes of position numbers and rotary frequencies, which ComfyUI does not count."""
+
+PIXELS = torch.randn(1, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+IDS = [1, 5, 9, -200, 7, 8]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return llava_folder(tmp_path_factory.mktemp("llava") / "llava")
+
+
+@pytest.fixture(autouse=True)
+def nothing_loaded() -> Iterator[None]:
+    """Each test starts and ends with no model in ComfyUI's list."""
+    comfy.model_management.unload_all_models()
+    yield
+    comfy.model_management.unload_all_models()
+
+
+def budget_of(share: float, size: int) -> float:
+    return share * size if 0.1 < share < 1 else share
+
+
+def load(folder: Path, storage: str | None, device: str = "cpu") -> LoadedMllm:
+    return load_checkpoint(read_checkpoint(folder), Plan(storage, torch.float32, ""), torch.device(device))
+
+
+def encode(mllm: Mllm) -> torch.Tensor:
+    with torch.inference_mode():
+        return subject_hidden_state(mllm, np.zeros((8, 8, 3), np.uint8), np.ones((8, 8), bool), "car", "A car.")
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_every_budget_gives_the_same_result(folder: Path, storage: str | None) -> None:
+    with torch.inference_mode():
+        loaded = load(folder, storage)
+        results, sizes = [], []
+        for share in BUDGETS:
+            loaded.patcher.partially_load(torch.device("cpu"), budget_of(share, loaded.patcher.model_size()))
+            sizes.append(loaded.patcher.loaded_size())
+            results.append(forward(loaded, PIXELS, IDS))
+            loaded.patcher.detach()
+    assert sizes == sorted(sizes) and len(set(sizes)) == len(BUDGETS)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_every_operand_is_on_the_card_at_every_budget(folder: Path, storage: str | None) -> None:
+    with fake_card() as usage:
+        checkpoint = without_content(read_checkpoint(folder))
+        loaded = load_checkpoint(checkpoint, Plan(storage, torch.bfloat16, ""), CARD)
+        size = loaded.patcher.model_size()
+        for share in BUDGETS:
+            loaded.patcher.partially_load(CARD, budget_of(share, size))
+            assert loaded.patcher.loaded_size() <= budget_of(share, size)
+            assert 0 <= usage.current - loaded.patcher.loaded_size() <= CONSTANTS
+            usage.operations.clear()
+            usage.peak = 0
+            assert forward(loaded, PIXELS, IDS).shape == (1, 128)
+            assert usage.operations["aten.silu.default"] == 4  # each layer of the language model
+            assert usage.peak <= budget_of(share, size) + 6e6 if share < 1 else usage.peak < size + 6e6
+            loaded.patcher.detach()
+            assert usage.current == 0
+            tensors = (*loaded.module.parameters(), *loaded.module.buffers())
+            assert {tensor.device.type for tensor in tensors} == {"cpu"}
+
+
+def without_content(checkpoint: Checkpoint) -> Checkpoint:
+    """The same weights, as fake tensors on the CPU."""
+    parts = ("language", "vision", "projector")
+    return replace(
+        checkpoint,
+        **{
+            part: {key: torch.empty_like(value, device="cpu") for key, value in getattr(checkpoint, part).items()}
+            for part in parts
+        },
+    )
+
+
+def test_a_card_gives_back_the_pages_of_the_file(folder: Path) -> None:
+    with fake_card():
+        loaded = load_checkpoint(without_content(read_checkpoint(folder)), Plan(None, torch.bfloat16, ""), CARD)
+        leaf = loaded.module.language.layers[0].mlp.up_proj
+        before = leaf.weight.data
+        loaded.patcher.partially_load(CARD, 1e32)
+        assert leaf.weight.device == CARD
+        loaded.patcher.detach()
+        assert leaf.weight.data.untyped_storage()._cdata == before.untyped_storage()._cdata
+
+
+def test_cancelling_on_the_way_to_the_card_brings_all_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_card() as usage:
+        checkpoint = without_content(read_checkpoint(folder))
+        loaded = load_checkpoint(checkpoint, Plan(None, torch.bfloat16, ""), CARD)
+        moved: list[int] = []
+        move = CastLinear._apply
+
+        def cancel_at_the_fifth(self: CastLinear, *args: Any) -> Any:
+            moved.append(usage.current)
+            comfy.model_management.interrupt_current_processing(len(moved) == 5)
+            return move(self, *args)
+
+        def bring(models: list[Any]) -> None:
+            models[0].partially_load(CARD, 1e32)
+
+        monkeypatch.setattr(CastLinear, "_apply", cancel_at_the_fifth)
+        monkeypatch.setattr(comfy.model_management, "load_models_gpu", bring)
+        handle = replace(load_mllm(folder, "bf16"))
+        vars(handle)["loaded"] = loaded
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            encode(handle)
+        assert moved[4] > 0 and usage.current == 0 and loaded.patcher.loaded_size() == 0
+        loaded.patcher.partially_load(CARD, 1e32)
+        assert loaded.patcher.loaded_size() == loaded.patcher.model_size()
+        assert 0 <= usage.current - loaded.patcher.loaded_size() <= CONSTANTS
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_dynamic_vram_finds_all_weights(folder: Path, monkeypatch: pytest.MonkeyPatch, storage: str | None) -> None:
+    """With it on, ComfyUI's leaves have no weight until they are given one (in 0.16 on Windows only)."""
+    with torch.inference_mode():
+        expected = forward(load(folder, storage), PIXELS, IDS)
+        monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
+        monkeypatch.setattr(comfy.model_management, "WINDOWS", True)
+        assert comfy.ops.manual_cast.Linear(2, 2).weight is None
+        assert torch.equal(forward(load(folder, storage), PIXELS, IDS), expected)
+
+
+def test_loading_is_lazy_shared_and_freed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[Plan] = []
+
+    def counted(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> LoadedMllm:
+        loads.append(plan)
+        return load_checkpoint(checkpoint, plan, device)
+
+    monkeypatch.setattr(model, "load_checkpoint", counted)
+    one, two, other = load_mllm(folder, "fp32"), load_mllm(folder, "fp32"), load_mllm(folder, "fp8")
+    assert not loads
+    for mllm in (one, two, one, other):
+        encode(mllm)
+    assert [plan.storage for plan in loads] == [None, "fp8"]
+    assert one.loaded is two.loaded and one.loaded is not other.loaded
+    gone = weakref.ref(one.loaded.module)
+    del one, mllm
+    gc.collect()
+    assert gone() is not None
+    del two
+    gc.collect()
+    assert gone() is None
+    assert all(m.model is not None for m in comfy.model_management.current_loaded_models)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp8", "8-bit", "4-bit"])
+def test_it_leaves_and_comes_back(folder: Path, precision: str) -> None:
+    mllm = load_mllm(folder, precision)
+    expected = encode(mllm)
+
+    def patchers() -> list[Any]:
+        return [m.model for m in comfy.model_management.current_loaded_models]
+
+    other = tiny_model()
+    comfy.model_management.load_models_gpu([other])
+    assert mllm.loaded.patcher in patchers()
+    mllm.leave_device()
+    assert mllm.loaded.patcher not in patchers() and other in patchers()
+    mllm.leave_device()
+    assert torch.equal(encode(mllm), expected)
+    comfy.model_management.unload_all_models()  # "Unload models" and POST /free, outside of inference mode
+    assert mllm.loaded.patcher not in patchers()
+    assert torch.equal(encode(mllm), expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "8-bit"])
+def test_fifty_encodes_keep_nothing(folder: Path, precision: str) -> None:
+    mllm = load_mllm(folder, precision)
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    for _ in range(5):
+        encode(mllm)
+    before, resident = tensors(), psutil.Process().memory_info().rss
+    for _ in range(50):
+        encode(mllm)
+        mllm.leave_device()
+    assert tensors() == before
+    assert psutil.Process().memory_info().rss - resident < 16 << 20
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+def test_cancelling_a_load_leaves_nothing(folder: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled: list[str] = []
+    fill = model._fill
+
+    def cancel_at_the_tenth(module: Any, key: str, *args: Any) -> None:
+        filled.append(key)
+        comfy.model_management.interrupt_current_processing(len(filled) == 10)
+        fill(module, key, *args)
+
+    mllm = load_mllm(folder, precision)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "_fill", cancel_at_the_tenth)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            encode(mllm)
+    assert len(filled) == 10
+    assert "loaded" not in vars(mllm) and not comfy.model_management.current_loaded_models
+    assert torch.equal(encode(mllm), encode(load_mllm(folder, precision)))
+
+
+def test_loading_and_the_forward_show_progress(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Bar:
+        def __init__(self, total: int) -> None:
+            self.total, self.value = total, 0
+
+        def update(self, value: int) -> None:
+            self.value += value
+            seen.append((self.value, self.total))
+
+    monkeypatch.setattr(comfy.utils, "ProgressBar", Bar)
+    mllm = load_mllm(folder, "fp8")
+    assert not seen
+    encode(mllm)
+    weights = len(mllm.loaded.module.state_dict()) - 28  # scales are made, not read
+    assert seen == [(i + 1, total) for total in (weights, 3 + 4) for i in range(total)]
+
+
+def test_identity_is_that_of_the_content(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "other name"))
+    assert checkpoint_identity(copy) == checkpoint_identity(folder)
+    (copy / "attn_adapters_projectors.th").write_bytes(b"an adapter next to it")
+    assert checkpoint_identity(copy) == checkpoint_identity(folder)
+    changes: dict[str, Callable[[], object]] = {
+        "config": lambda: (copy / "config.json").write_text(json.dumps({"mm_projector_type": "mlp2x_gelu"})),
+        "tail": lambda: flip(copy / "pytorch_model-00001-of-00002.bin", -1),
+        "middle": lambda: flip(copy / "pytorch_model-00002-of-00002.bin", 5000),
+    }
+    known = {checkpoint_identity(copy)}
+    for change in changes.values():
+        change()
+        known.add(checkpoint_identity(copy))
+    assert len(known) == 4
+
+
+def flip(file: Path, place: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+def test_large_files_are_sampled_over_their_whole_length(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(bytes(12 << 20))
+    identities = {checkpoint_identity(file)}
+    for place in (0, 5 << 20, (12 << 20) - 1):
+        with file.open("r+b") as stream:
+            stream.seek(place)
+            stream.write(bytes([1] * 200_000)[: (12 << 20) - place])
+        identities.add(checkpoint_identity(file))
+    assert len(identities) == 4
