@@ -4,6 +4,7 @@ The language model is not in it: a saved subject goes without, and the part `mll
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,9 +32,10 @@ def measure(session: Session, case: str) -> dict[str, float]:
     """MiB: `sampling` in use in the middle of a run, `peak_sampling` and `peak` of the whole graph."""
     import comfy.sample
 
+    checkpoint = None if session.plan.tiny else sd15_checkpoint(cache_dir())  # made the first time, before measuring
     meter = MemoryMeter()
     with torch.inference_mode():
-        graph = _tiny_graph(session, case) if session.plan.tiny else _graph(case)
+        graph = _tiny_graph(session, case) if checkpoint is None else _graph(checkpoint, case)
         building = meter.peak_mb()
         meter.reset()
         latent = torch.zeros(1, 4, *session.plan.memory_size)
@@ -73,22 +75,24 @@ def result(measured: dict[str, dict[str, float]]) -> dict[str, Any]:
     }
 
 
-def _graph(case: str) -> Graph:
+def _graph(checkpoint: Path, case: str) -> Graph:
     """The nodes' own work on a full-size checkpoint with random weights."""
     import comfy.sd
+    from comfyui_moma.moma_modules.subject_tokens import PROMPT_TEMPLATE
     from comfyui_moma.nodes.conditioning import TextEncode
     from comfyui_moma.nodes.patches import ApplyAdapter, SelfAttnShortcut
 
-    path = str(sd15_checkpoint(cache_dir()))
-    model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(path)
-    workload = Workload(model, random_adapter(SD15), SD15, PICTURE // 8)
-    subject = subjects(workload, Scene())[0]
-    positive = TextEncode.execute(clip, subject, f"A {WORD}.", "photo of a {subject}. {prompt}").result[0]
+    model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(str(checkpoint))
     negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+    if case == "plain":
+        return Graph(model, clip.encode_from_tokens_scheduled(clip.tokenize(f"A {WORD}.")), negative, vae)
+    workload = Workload(model, random_adapter(SD15), SD15, PICTURE // 8)
+    adapter, subject = workload.adapter, subjects(workload, Scene())[0]
+    positive = TextEncode.execute(clip, subject, f"A {WORD}.", PROMPT_TEMPLATE).result[0]
     if case in ("apply", "both"):
-        model = ApplyAdapter.execute(model, workload.adapter, subject, 1.0, 0.0, 1.0).result[0]
+        model = ApplyAdapter.execute(model, adapter, subject, 1.0, 0.0, 1.0).result[0]
     if case in ("shortcut", "both"):
-        model = SelfAttnShortcut.execute(model, workload.adapter, subject, vae, clip, 1.0, 0.05, 1.0, 0).result[0]
+        model = SelfAttnShortcut.execute(model, adapter, subject, vae, clip, 1.0, 0.05, 1.0, 0).result[0]
     return Graph(model, positive, negative, vae)
 
 

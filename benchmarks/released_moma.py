@@ -49,7 +49,7 @@ def released_steps(repo: Path, workload: Workload, scene: Scene, size: tuple[int
     text = torch.cat([seeded(seed, "text", (1, TEXT_LENGTH, workload.context_size)) for seed in (8, 7)])
     text = text.to(device, dtype)
     tokens = seeded(9, "tokens", (2, IMAGE_TOKENS, workload.context_size)).to(device, dtype)
-    mask = subjects(workload, scene)[0].mask.view(1, 1, 512, 512).to(device, dtype)
+    mask = subjects(workload, scene)[0].masks[None].to(device, dtype)
     latents = seeded(1, "latents", (1, 4, *size)).to(device, dtype)
     _look_at_reference(generator, latents, text, mask)
 

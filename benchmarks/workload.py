@@ -91,14 +91,9 @@ def subjects(workload: Workload, scene: Scene) -> list[Any]:
             for i in range(scene.references)
         ]
         embedding = seeded(number, "embedding", (1, workload.adapter.embedding_size))
-        image, masks = stacked(pictures), stacked([mask] * scene.references)
-        found.append(Subject(embedding, WORD, f"A {WORD}.", image, masks, workload.adapter.identity))
+        images, masks = torch.stack(pictures), torch.stack([mask] * scene.references)
+        found.append(Subject(embedding, WORD, f"A {WORD}.", images, masks, workload.adapter.identity))
     return found
-
-
-def stacked(items: list[torch.Tensor]) -> torch.Tensor:
-    """What `Subject.image` and `Subject.mask` take: one picture's tensor, or several pictures' stacked."""
-    return items[0] if len(items) == 1 else torch.stack(items)
 
 
 def shortcut(workload: Workload, scene: Scene) -> Any:
