@@ -17,7 +17,7 @@ from comfyui_moma.moma_modules.mllm.prompt import IMAGE_TOKEN, prompt_ids
 from comfyui_moma.moma_modules.reference_image import FITS, prepare_references
 from comfyui_moma.moma_modules.subject import load_subject, save_subject
 from comfyui_moma.moma_modules.subject_tokens import PROMPT_TEMPLATE, fill_template
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from scene import masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
 from sentencepiece import SentencePieceProcessor
@@ -222,9 +222,10 @@ def test_a_prefix_is_accepted_or_refused_by_name(prefix: str) -> None:
 REGIONS = st.none() | st.tuples(st.integers(1, 2), st.integers(1, 40), st.integers(1, 40))
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
-    size=st.tuples(st.integers(1, 21), st.integers(2, 21)),
+    # Three wide at least: in the tiny UNet group norm would be left with one value.
+    size=st.tuples(st.integers(1, 13), st.integers(3, 13)),
     batch=st.integers(1, 3),
     region=REGIONS,
     cfg=st.sampled_from([1.0, 7.5]),
