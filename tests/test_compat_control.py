@@ -6,11 +6,12 @@ import comfy.cldm.cldm
 import comfy.controlnet
 import comfy.ops
 import comfy.t2i_adapter.adapter
-import nodes
 import pytest
 import torch
 from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
 from tiny_models import TINY, seeded, seeded_weight, tiny_model, unet_config
+
+import nodes
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,7 @@ def empty() -> list:
 
 
 def test_both_perp_neg_nodes_agree(model: Any, subject: Any, full: Any) -> None:
-    """The deprecated node encodes its empty prompt during the run; the guider brings it along. One picture all the same."""
+    """The deprecated node encodes its empty prompt during the run, the guider brings it along: one picture."""
     for patched in (model, full):
         perp_neg = PerpNeg.execute(patched, empty(), 0.8).args[0]
         by_node = guided(CFGGuider.execute(perp_neg, positive(subject), negative(), 5.0).args[0])
@@ -154,9 +154,7 @@ def test_sampler_custom_advanced_is_the_ksampler(subject: Any, full: Any) -> Non
 
 
 @pytest.mark.parametrize(("prediction", "zsnr"), [("v_prediction", False), ("v_prediction", True), ("lcm", False)])
-def test_other_model_samplings(
-    model: Any, adapter: Any, subject: Any, full: Any, prediction: str, zsnr: bool
-) -> None:
+def test_other_model_samplings(model: Any, adapter: Any, subject: Any, full: Any, prediction: str, zsnr: bool) -> None:
     """v-prediction, zero terminal SNR and LCM: either order, and the reference pass follows the run's sampling."""
 
     def changed(other: Any) -> Any:

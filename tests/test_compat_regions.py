@@ -2,12 +2,13 @@
 
 from typing import Any
 
-import nodes
 import pytest
 import torch
 from scene import WORD_TOKENS, close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut
 from scene import tiny_subject as subject_of
 from tiny_models import tiny_model
+
+import nodes
 
 SIZE = (16, 16)
 ONE_EVALUATION = {"size": SIZE, "steps": 2, "last_step": 1}
@@ -85,7 +86,7 @@ def test_two_areas_are_two_halves_of_one_mask(full: Any, subject: Any) -> None:
 
 
 def test_set_mask(full: Any, subject: Any) -> None:
-    """A masked prompt is evaluated everywhere, so the subject is looked for everywhere; the prompts' masks mix results."""
+    """A masked prompt is evaluated everywhere, so the subject is looked for everywhere; "mask bounds" limits it."""
     region = torch.zeros(1, 128, 128)
     region[..., :64] = 1
     set_mask = nodes.ConditioningSetMask().append

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from compat_rows import message
 from comfyui_moma.moma_modules.comfy_bridge.conditioning import TOKENS_KEY, mark_tokens
 from comfyui_moma.moma_modules.comfy_bridge.patching import patched, settings_of
 from comfyui_moma.moma_modules.comfy_bridge.settings import ImageTokens, Window
 from comfyui_moma.moma_modules.subject_tokens import PROMPT_TEMPLATE
 from comfyui_moma.nodes.conditioning import MarkSubject, TextEncode
 from comfyui_moma.nodes.patches import ApplyAdapter
+from compat_rows import message
 from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
 from tiny_models import tiny_clip, tiny_model
 
@@ -52,9 +52,12 @@ def half(left: bool) -> torch.Tensor:
 def regional(model: Any, adapter: Any, subject: Any, region: torch.Tensor) -> Any:
     """Both parts of a subject, limited to a region."""
     part = ImageTokens(1.0, Window(region=region))
-    with_tokens = patched(model, (settings_of(model) or settings_of(moma(model, adapter, subject))).with_subject(
-        subject, adapter, image_tokens=part
-    ))
+    with_tokens = patched(
+        model,
+        (settings_of(model) or settings_of(moma(model, adapter, subject))).with_subject(
+            subject, adapter, image_tokens=part
+        ),
+    )
     return moma(with_tokens, adapter, subject, weight=None, shortcut=tiny_shortcut(region=region))
 
 

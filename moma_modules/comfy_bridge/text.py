@@ -43,8 +43,8 @@ def mark_subject(clip: Any, subject: Subject, conditioning: list, text: str) -> 
     length = min(entry[0].shape[1] for entry in conditioning)
     if length < needed:
         raise ValueError(
-            f"text makes {needed} tokens, conditioning has {length}: it was not encoded from this text. Connect the text "
-            "output of the MoMA Text Encode (or the text of the CLIP Text Encode) that made the conditioning."
+            f"text makes {needed} tokens, conditioning has {length}: it was not encoded from this text. Connect "
+            "the text output of the MoMA Text Encode (or the text of the CLIP Text Encode) that made the conditioning."
         )
     return _marked(clip, subject, conditioning, text, tokens)
 
