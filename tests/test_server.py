@@ -21,7 +21,7 @@ pytestmark = pytest.mark.server
 TESTS = Path(__file__).parent
 SNAPSHOT = TESTS / "data" / "object_info.json"
 FILE_LISTS = ("model_name", "adapter_name", "subject_name")
-MOMA_NODES = 10
+MOMA_NODES = 11
 
 
 def api(name: str) -> Prompt:
