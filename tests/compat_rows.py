@@ -1,1 +1,271 @@
-def message(name): return {"HyperTile":"re-arranges the tokens of self-attention","Token Merging (TomePatchModel)":"re-arranges the tokens of self-attention","Other nodes that re-arrange attention":"another node changed the attention's input","TorchCompileModel":"goes without TorchCompileModel","Prompt from another text encoder":"no positive prompt of this run knows where the subject"}[name]
+"""The rows of docs/compatibility.md, each with the test that proves it. `test_compat_table.py` keeps the two equal."""
+
+from dataclasses import dataclass
+
+WORKS, PARTLY, REFUSED = "works", "partly", "refused"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        what: The neighbour.
+        verdict: WORKS, PARTLY or REFUSED.
+        note: What a user must know; for what is refused or warned of, the message stands in `message`.
+        test: "file::function"; the file is tests/test_<file>.py.
+        message: A part of what ComfyUI shows or logs, shown in the table in quotes.
+    """
+
+    what: str
+    verdict: str
+    note: str
+    test: str
+    message: str = ""
+
+
+SECTIONS: dict[str, tuple[Row, ...]] = {
+    "Weights": (
+        Row("LoRA before or after", WORKS, "Same picture to the bit.", "compat_weights::test_lora_before_or_after"),
+        Row(
+            "LoRA hook on conditionings",
+            WORKS,
+            "The image tokens follow it.",
+            "compat_weights::test_a_lora_hook_on_both_prompts_is_a_lora",
+        ),
+        Row(
+            "LoRA hook with Self-Attn Shortcut",
+            PARTLY,
+            "The reference is looked at without the hook's LoRA.",
+            "compat_weights::test_a_lora_hook_on_one_prompt",
+        ),
+        Row(
+            "ModelMergeSimple before or after",
+            WORKS,
+            "After: connect our MODEL as `model1`; what is on `model2` is dropped by that node.",
+            "compat_weights::test_merges",
+        ),
+        Row(
+            "fp16, bf16, fp8 UNet",
+            WORKS,
+            "Distance from fp32 at most twice that of the plain UNet.",
+            "compat_weights::test_precisions",
+        ),
+        Row(
+            "--lowvram, --novram",
+            WORKS,
+            "ComfyUI's loading in these modes, tried on the CPU: weights are cast layer by layer.",
+            "compat_weights::test_partly_loaded_models",
+        ),
+        Row(
+            "v-prediction, zero terminal SNR, LCM",
+            WORKS,
+            "ModelSamplingDiscrete before or after.",
+            "compat_guidance::test_other_model_samplings",
+        ),
+        Row("SDXL and other models", REFUSED, "", "refusals::test_sdxl", "works with SD1.5 checkpoints only"),
+    ),
+    "Control and other image prompts": (
+        Row("ControlNet", WORKS, "On one prompt or both.", "compat_control::test_control"),
+        Row("T2I-Adapter", WORKS, "On one prompt or both.", "compat_control::test_control"),
+        Row(
+            "ControlNet and the reference",
+            WORKS,
+            "The reference pass is not controlled.",
+            "compat_control::test_the_reference_pass_is_not_controlled",
+        ),
+        Row(
+            "IPAdapter_plus before or after",
+            WORKS,
+            "Its slot protocol (set, or `add` where the slot is taken) replayed; its own code was not run.",
+            "compat_attention::test_ipadapter_before_and_after",
+        ),
+        Row(
+            "Packs that take a slot without `add`",
+            WORKS,
+            "Before or after; both act.",
+            "compat_attention::test_who_takes_our_slot_does_not_take_our_place",
+        ),
+    ),
+    "Guidance": (
+        Row("PAG, SAG, RescaleCFG, CFG-Zero", WORKS, "Either order.", "compat_guidance::test_guidance_in_either_order"),
+        Row(
+            "Skip-layer guidance",
+            WORKS,
+            "Tried with one made for this UNet; its extra evaluation does not touch the mask.",
+            "compat_guidance::test_guidance_in_either_order",
+        ),
+        Row("FreeU", WORKS, "Either order.", "compat_guidance::test_freeu_in_either_order"),
+        Row("Perp-Neg (guider and node)", WORKS, "Both agree.", "compat_guidance::test_both_perp_neg_nodes_agree"),
+        Row("CFG 1, LCM", WORKS, "No negative prompt is needed.", "compat_guidance::test_lcm_without_guidance"),
+    ),
+    "Sampling": (
+        Row("Every stock sampler", WORKS, "", "sampling::test_every_sampler"),
+        Row("Every stock scheduler", WORKS, "", "sampling::test_every_scheduler"),
+        Row(
+            "Several evaluations per step",
+            WORKS,
+            "Each uses the mask of the one before.",
+            "compat_sampling::test_samplers_that_evaluate_several_times_per_step",
+        ),
+        Row(
+            "SamplerCustomAdvanced",
+            WORKS,
+            "As KSampler.",
+            "compat_guidance::test_sampler_custom_advanced_is_the_ksampler",
+        ),
+        Row("Img2img", WORKS, "", "sampling::test_img2img"),
+        Row("Hires fix", WORKS, "Two sizes on one patched MODEL.", "compat_sampling::test_hires_fix"),
+        Row("Noise mask", WORKS, "What is kept stays.", "compat_sampling::test_noise_mask"),
+        Row(
+            "Differential Diffusion",
+            WORKS,
+            "Either order.",
+            "compat_sampling::test_differential_diffusion_in_either_order",
+        ),
+        Row("SD1.5 inpaint checkpoint", WORKS, "9 channels.", "compat_sampling::test_inpaint_checkpoint"),
+        Row(
+            "KSampler (Advanced) in parts",
+            PARTLY,
+            "The first evaluation of each part has no automatic mask: the features reach the whole picture in it.",
+            "compat_sampling::test_ksampler_advanced_in_two_parts",
+        ),
+    ),
+    "Prompts": (
+        Row(
+            "Set Area",
+            WORKS,
+            "The mask lies in the area of the prompt that has the subject.",
+            "compat_regions::test_set_area",
+        ),
+        Row(
+            "Set Mask",
+            WORKS,
+            'With "mask bounds" the subject is looked for inside only; else everywhere.',
+            "compat_regions::test_set_mask",
+        ),
+        Row(
+            "Combine, several positives",
+            WORKS,
+            "Prompts without the subject do not water its mask down.",
+            "compat_regions::test_combine_takes_the_mask_from_the_prompts_that_know",
+        ),
+        Row(
+            "Concat",
+            PARTLY,
+            "Connect the prompt with the subject as `conditioning_to`; the node forgets the other's marks.",
+            "compat_regions::test_concat_keeps_the_tokens_of_conditioning_to",
+        ),
+        Row(
+            "Timestep ranges",
+            WORKS,
+            "While no prompt has the subject, its last mask stays.",
+            "compat_regions::test_timestep_ranges",
+        ),
+        Row("Over 77 tokens, unequal lengths", WORKS, "", "sampling::test_long_and_unequal_prompts"),
+        Row(
+            "Prompt from another text encoder",
+            PARTLY,
+            "No automatic mask, until MoMA Mark Subject follows.",
+            "compat_subjects::test_a_prompt_that_knows_nothing_is_said_aloud",
+            "no positive prompt of this run knows where the subject",
+        ),
+    ),
+    "Several subjects": (
+        Row(
+            "Two subjects in one prompt",
+            WORKS,
+            "MoMA Text Encode, then MoMA Mark Subject.",
+            "compat_subjects::test_two_subjects_in_one_text_are_told_apart",
+        ),
+        Row(
+            "Two regions",
+            WORKS,
+            "Outside its region a subject adds exactly nothing.",
+            "compat_subjects::test_no_bleeding_between_regions",
+        ),
+        Row(
+            "Automatic masks",
+            WORKS,
+            "Each from its own tokens alone.",
+            "compat_subjects::test_a_mask_comes_from_its_own_tokens_alone",
+        ),
+        Row("Memory", WORKS, "One set of adapter weights for all.", "compat_subjects::test_one_set_of_adapter_weights"),
+        Row(
+            "Several references of one subject",
+            WORKS,
+            "Combine MoMA Subjects; one pass for each, once.",
+            "references::test_the_shortcut_looks_at_the_union_of_the_references",
+        ),
+    ),
+    "Batches": (
+        Row("Batch", WORKS, "Each picture is what it is alone.", "sampling::test_a_batch_equals_its_images_alone"),
+        Row("Latent From Batch", WORKS, "", "compat_batches::test_latent_batch_index"),
+        Row(
+            "Region masks: one, N, fewer, more",
+            WORKS,
+            "Fewer repeat; more are not used.",
+            "compat_batches::test_region_masks_of_any_count",
+        ),
+        Row(
+            "Context Windows (Manual)",
+            WORKS,
+            "Masks and regions follow the frames.",
+            "compat_batches::test_overlapping_context_windows",
+        ),
+        Row(
+            "AnimateDiff-style sub-batches",
+            WORKS,
+            "Its slicing replayed on this UNet; its own code was not run.",
+            "compat_batches::test_animatediff_sub_batches",
+        ),
+    ),
+    "Speed-ups": (
+        Row(
+            "HyperTile",
+            REFUSED,
+            "With Self-Attn Shortcut, before sampling.",
+            "compat_attention::test_rearranged_tokens_are_refused_before_sampling",
+            "MoMA: HyperTile on this model re-arranges the tokens of self-attention",
+        ),
+        Row(
+            "Token Merging (TomePatchModel)",
+            REFUSED,
+            "With Self-Attn Shortcut, before sampling.",
+            "compat_attention::test_rearranged_tokens_are_refused_before_sampling",
+            "MoMA: Token Merging (TomePatchModel) on this model re-arranges the tokens of self-attention",
+        ),
+        Row(
+            "Both, with Apply MoMA Adapter alone",
+            WORKS,
+            "",
+            "compat_attention::test_rearranged_tokens_work_with_the_image_tokens_alone",
+        ),
+        Row(
+            "Other nodes that re-arrange attention",
+            REFUSED,
+            "In the first step.",
+            "compat_attention::test_unknown_rearranging_is_refused_in_the_first_step",
+            "another node changed the attention's input",
+        ),
+        Row(
+            "TorchCompileModel",
+            PARTLY,
+            "Runs uncompiled: the picture is right, the speed-up is lost.",
+            "compat_attention::test_compilation_is_left_out_with_a_warning",
+            "MoMA: this run goes without TorchCompileModel",
+        ),
+        Row(
+            "MultiGPU work units",
+            REFUSED,
+            "",
+            "refusals::test_multigpu_is_refused",
+            "MoMA does not work with MultiGPU work units",
+        ),
+    ),
+}
+
+
+def message(what: str) -> str:
+    """The message of a row: what its test must find."""
+    return next(row.message for rows in SECTIONS.values() for row in rows if row.what == what)

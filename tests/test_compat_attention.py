@@ -106,7 +106,7 @@ def test_ipadapter_off_changes_nothing(model: Any, adapter: Any, subject: Any) -
 def test_who_takes_our_slot_does_not_take_our_place(
     model: Any, adapter: Any, subject: Any, slot: str, index: int | None
 ) -> None:
-    """A replacement without `add`, set before or after our nodes, for the block or the transformer in it: one picture."""
+    """A replacement without `add`, before or after our nodes, for the block or the transformer in it: one picture."""
 
     def halved(q: Any, k: Any, v: Any, extra_options: dict[str, Any]) -> torch.Tensor:
         return 0.5 * optimized_attention(q, k, v, extra_options["n_heads"])
@@ -149,7 +149,7 @@ def test_rearranged_tokens_are_refused_before_sampling(
 
 @pytest.mark.parametrize("node", ["HyperTile", "Token Merging (TomePatchModel)"])
 def test_rearranged_tokens_work_with_the_image_tokens_alone(model: Any, adapter: Any, subject: Any, node: str) -> None:
-    """Cross-attention sees every place as before: the mask tells places apart and zero weight is their node's picture."""
+    """Cross-attention sees every place as before: the mask tells places apart; zero weight is the node's picture."""
     options = {"size": (16, 16), "steps": 2}
 
     def seeded_run(patched: Any) -> torch.Tensor:
@@ -178,10 +178,7 @@ def test_compilation_is_left_out_with_a_warning(
 ) -> None:
     """The picture is that of the run without the node, nothing is compiled, and other models keep their compilation."""
     alone = moma(model, adapter, subject, shortcut=tiny_shortcut())
-    if first:
-        patched = moma(compiled(model), adapter, subject, shortcut=tiny_shortcut())
-    else:
-        patched = compiled(alone)
+    patched = moma(compiled(model), adapter, subject, shortcut=tiny_shortcut()) if first else compiled(alone)
     torch._dynamo.reset()
     counters.clear()
     with caplog.at_level(logging.WARNING):

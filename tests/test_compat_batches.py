@@ -162,4 +162,6 @@ def test_region_masks_of_any_count(model: Any, adapter: Any, subject: Any, count
 def test_region_masks_follow_the_frames_of_context_windows(model: Any, adapter: Any, subject: Any) -> None:
     region = seeded(81, "regions", (FRAMES, 8, 8)).sigmoid()
     each = with_region(model, adapter, subject, region)
-    assert close(run(context_windows(each, 4, 2, "standard_static"), subject, batch=FRAMES), run(each, subject, batch=FRAMES))
+    assert close(
+        run(context_windows(each, 4, 2, "standard_static"), subject, batch=FRAMES), run(each, subject, batch=FRAMES)
+    )

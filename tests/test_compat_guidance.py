@@ -111,7 +111,7 @@ def empty() -> list:
 
 
 def test_both_perp_neg_nodes_agree(model: Any, subject: Any, full: Any) -> None:
-    """The deprecated node encodes its empty prompt during the run; the guider brings it along. One picture all the same."""
+    """The deprecated node encodes its empty prompt during the run, the guider brings it along: one picture."""
     for patched in (model, full):
         perp_neg = PerpNeg.execute(patched, empty(), 0.8).args[0]
         by_node = guided(CFGGuider.execute(perp_neg, positive(subject), negative(), 5.0).args[0])

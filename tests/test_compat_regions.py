@@ -86,7 +86,7 @@ def test_two_areas_are_two_halves_of_one_mask(full: Any, subject: Any) -> None:
 
 
 def test_set_mask(full: Any, subject: Any) -> None:
-    """A masked prompt is evaluated everywhere, so the subject is looked for everywhere; the prompts' masks mix results."""
+    """A masked prompt is evaluated everywhere, so the subject is looked for everywhere; "mask bounds" limits it."""
     region = torch.zeros(1, 128, 128)
     region[..., :64] = 1
     set_mask = nodes.ConditioningSetMask().append

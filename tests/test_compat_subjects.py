@@ -52,9 +52,12 @@ def half(left: bool) -> torch.Tensor:
 def regional(model: Any, adapter: Any, subject: Any, region: torch.Tensor) -> Any:
     """Both parts of a subject, limited to a region."""
     part = ImageTokens(1.0, Window(region=region))
-    with_tokens = patched(model, (settings_of(model) or settings_of(moma(model, adapter, subject))).with_subject(
-        subject, adapter, image_tokens=part
-    ))
+    with_tokens = patched(
+        model,
+        (settings_of(model) or settings_of(moma(model, adapter, subject))).with_subject(
+            subject, adapter, image_tokens=part
+        ),
+    )
     return moma(with_tokens, adapter, subject, weight=None, shortcut=tiny_shortcut(region=region))
 
 

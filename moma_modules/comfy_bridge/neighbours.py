@@ -9,7 +9,7 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from .settings import Settings
 
 _REARRANGING = {"nodes_hypertile": "HyperTile", "nodes_tomesd": "Token Merging (TomePatchModel)"}
-"""ComfyUI's own nodes that re-order self-attention's tokens: the last part of their patches' module, and their names."""
+"""ComfyUI's own nodes that re-order self-attention's tokens: the end of their patches' module, and their names."""
 
 
 def check_neighbours(patcher: Any, settings: Settings, options: dict[str, Any]) -> None:
@@ -32,8 +32,8 @@ def check_neighbours(patcher: Any, settings: Settings, options: dict[str, Any]) 
         name = next((name for end, name in _REARRANGING.items() if module.endswith(end)), None)
         if name is not None:
             raise ValueError(
-                f"MoMA: {name} on this model re-arranges the tokens of self-attention, and Self-Attn Shortcut must know "
-                f"their places. Remove {name} or Self-Attn Shortcut; Apply MoMA Adapter alone works with it."
+                f"MoMA: {name} on this model re-arranges the tokens of self-attention, and Self-Attn Shortcut must "
+                f"know their places. Remove {name} or Self-Attn Shortcut; Apply MoMA Adapter alone works with it."
             )
 
 

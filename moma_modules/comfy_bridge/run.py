@@ -60,7 +60,7 @@ class RunState:
             if not found:
                 logging.warning(
                     f"MoMA: no positive prompt of this run knows where the subject {entry.subject.word!r} is, so its "
-                    "features reach the whole picture. Encode the prompt with MoMA Text Encode, or add MoMA Mark Subject."
+                    "features reach the whole picture. Encode it with MoMA Text Encode, or add MoMA Mark Subject."
                 )
         attach_rows(guider.conds, keys, noise)
         options = model_options["transformer_options"]
