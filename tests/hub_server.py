@@ -137,11 +137,14 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             if file.breaks:
                 file.breaks -= 1
                 end //= 2
+            self.close_connection = end < len(content)
             for i in range(0, end, CHUNK):
-                self.wfile.write(content[i : min(i + CHUNK, end)])
+                try:
+                    self.wfile.write(content[i : min(i + CHUNK, end)])
+                except OSError:  # the client has gone
+                    self.close_connection = True
+                    return
                 time.sleep(file.seconds * CHUNK / max(len(file.content), 1))
-            if end < len(content):
-                self.close_connection = True
 
         def _refuse(self, status: int, code: str, message: str) -> None:
             self._head(status, {"X-Error-Code": code, "X-Error-Message": message, "Content-Length": "0"})

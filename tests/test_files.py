@@ -13,6 +13,7 @@ from bootstrap import ROOT
 from comfyui_moma.moma_modules.adapter import load_adapter
 from comfyui_moma.moma_modules.adapter_file import convert_adapter, is_adapter_safetensors, read_adapter
 from comfyui_moma.moma_modules.subject import load_subject, save_subject
+from comfyui_moma.nodes.subject import SaveSubject
 from safetensors import safe_open
 from safetensors.torch import save_file
 from scene import tiny_adapter, tiny_subject
@@ -167,3 +168,9 @@ def test_a_truncated_subject_is_refused(subject: Any, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match=r"cup\.safetensors is not a readable saved subject"):
         load_subject(path)
+
+
+@pytest.mark.parametrize("name", ["../car", "/car", "cars/../../car", "C:\\car", "NUL/car", "cars/x:y"])
+def test_subjects_are_not_saved_outside_their_folder(subject: Any, name: str) -> None:
+    with pytest.raises(ValueError, match="^filename_prefix is .*: it "):
+        SaveSubject.execute(subject, name)
