@@ -37,7 +37,7 @@ def _seen(pixels: np.ndarray, inside: np.ndarray) -> Tensor:
 
 
 def coverage(masks: Tensor) -> str:
-    """How much of the pictures a subject's masks [N, H, W] bool take, with advice where that is unlikely to be meant."""
+    """How much of the pictures a subject's masks [N, H, W] bool take, with advice where that is unlikely meant."""
     share = masks.float().mean().item()
     text = f"The mask covers {share:.0%} of the picture."
     if share > 0.95:
