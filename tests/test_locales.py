@@ -12,7 +12,11 @@ from PIL import Image
 
 pytestmark = pytest.mark.server
 LOCALES = sorted(path.name for path in (ROOT / "locales").iterdir())
-TRANSLATED_COMBOS = {"MoMALoadMLLM": {"precision"}, "MoMAExtractSubject": {"fit"}}
+TRANSLATED_COMBOS = {
+    "MoMALoadMLLM": {"precision"},
+    "MoMAConvertMLLM": {"precision"},
+    "MoMAExtractSubject": {"fit"},
+}
 """Others list files, samplers and schedulers."""
 
 

@@ -3,13 +3,10 @@
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import comfy.sd
 import pytest
 import torch
-from comfy.sd1_clip import SD1Tokenizer
 from comfyui_moma.moma_modules.comfy_bridge.conditioning import TOKENS_KEY
 from comfyui_moma.moma_modules.comfy_bridge.saving import check_prefix
 from comfyui_moma.moma_modules.comfy_bridge.text import encode_prompt, encode_word, plain_text
@@ -21,8 +18,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from scene import masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
 from sentencepiece import SentencePieceProcessor
-from test_tokens_and_mask import TinyClip
-from tiny_models import seeded, tiny_model
+from tiny_models import seeded, tiny_clip, tiny_model
 
 DATA = Path(__file__).parent / "data"
 SYNTAX = (
@@ -59,11 +55,7 @@ few = settings(max_examples=25, deadline=None, derandomize=True)
 
 @pytest.fixture(scope="module")
 def clip() -> Any:
-    torch.manual_seed(0)
-    made = comfy.sd.CLIP(SimpleNamespace(params={}, clip=TinyClip, tokenizer=SD1Tokenizer))
-    for weight in made.cond_stage_model.parameters():
-        weight.data = torch.randn(weight.shape) * 0.05
-    return made
+    return tiny_clip()
 
 
 @pytest.fixture(scope="module")
