@@ -154,10 +154,10 @@ def test_a_download_and_a_conversion_through_the_server(tmp_path: Path) -> None:
                     server.interrupt()
 
             assert server.run({"1": load, "2": shown}, cancel).interrupted
-            assert time.monotonic() - start[0] < 20.0  # of 60; it is far less where nothing else runs
+            assert time.monotonic() - start[0] < 20.0  # of 60
             files[MLLM_FILES[3]].seconds = 0.0
             run = server.run({"1": load, "2": shown})
-            total = sum(len(file.content) for file in files.values())
+            total = sum(len(files[name].content) for name in MLLM_FILES[3:])  # the others came before Cancel
             assert ("1", total, total) in run.progress
             assert "x.safetensors" in server.run({"1": convert}).outputs["1"]["text"][0]
             info = server.object_info()["MoMALoadMLLM"]["input"]["required"]["model_name"]
