@@ -299,16 +299,16 @@ def test_the_node_writes_a_file_that_the_loader_finds(roots: Path) -> None:
     assert read_checkpoint(roots / "sub" / "one.safetensors").name == "one.safetensors"
 
 
-LEADS_OUT = ["../x", "a/../../x", "/x", "\\x", "C:\\x", "c:x", "~/x", "..", "a/..", "\\\\host\\share\\x"]
-NO_NAMES = ["con", "a/NUL.txt", "Com1", "lpt9.x/y", "x.", "a /y", "a?b", "x\n", "a|b", "x" * 300]
+LEADS_OUT = ["../x", "a/../../x", "/x", "\\x", "C:\\x", "c:x", "..", "a/..", "\\\\host\\share\\x"]
+NO_NAMES = ["con", "a/NUL.txt", "Com1", "lpt9.x/y", "a./y", "a /y", "a?b", "x\ny", "a|b", "x" * 300]
 
 
 @pytest.mark.parametrize("name", [*LEADS_OUT, *NO_NAMES])
 def test_names_that_lead_out_or_are_none_are_refused(roots: Path, name: str) -> None:
     before = sorted(str(path) for path in roots.parent.rglob("*"))
     message = str(ConvertMllm.validate_inputs("MoMA_llava_7b", name))
-    assert message.startswith(f"filename is {name.replace(chr(92), '/')!r}: it ")
-    with pytest.raises(ValueError, match="^filename is "):
+    assert message.startswith(f"filename {name[:80]!r} ") and message.endswith("Give a name such as 'cup' or 'cars/red'.")
+    with pytest.raises(ValueError, match="^filename '"):
         ConvertMllm.execute("MoMA_llava_7b", "keep", name)
     assert sorted(str(path) for path in roots.parent.rglob("*")) == before
 

@@ -29,7 +29,7 @@ def check_new_name(input_name: str, name: str, root: str) -> None:
     elif ".." in (*folders, last):
         problem = f"leads out of its folder with '..'; the file goes below {root} only"
     else:
-        problem = next(filter(None, map(_problem, [*folders, f"{last}_0{SUFFIX}"])), None)
+        problem = next(filter(None, map(_problem, [*folders, f"{last}{SUFFIX}"])), None)
     if problem:
         raise ValueError(f"{input_name} {name[:80]!r} {problem}. Give a name such as 'cup' or 'cars/red'.")
 
@@ -48,7 +48,7 @@ def _problem(part: str) -> str | None:
     if part != part.rstrip(". "):
         return f"has the folder name {part!r}, which ends in a dot or space"
     if _DEVICES.fullmatch(part.split(".")[0].rstrip()):
-        return f"has the name {part.removesuffix(SUFFIX).removesuffix('_0')!r}, which is a device on Windows"
+        return f"has the name {part.removesuffix(SUFFIX)!r}, which is a device on Windows"
     if len(part.encode()) > LONGEST:
         return f"has a name of {len(part.encode())} bytes; at most {LONGEST} are possible"
     return None
