@@ -97,12 +97,15 @@ def _succeeds(*command: str | Path) -> bool:
 
 def _make_venv(venv: Path, python: Path) -> list[str]:
     """A new virtual environment in place of any old one; the command that installs there."""
+    # This script may itself run in the environment that it makes anew: then its own Python goes.
+    outside = Path(sys.prefix).resolve() != venv.resolve()
+    base = sys.executable if outside else str(Path(sys.base_prefix) / Path(sys.executable).relative_to(sys.prefix))
     shutil.rmtree(venv, ignore_errors=True)
     uv = shutil.which("uv")
-    if uv and _succeeds(uv, "venv", "-q", "--python", sys.executable, venv):
+    if uv and _succeeds(uv, "venv", "-q", "--python", base, venv):
         return [uv, "pip", "install", "--python", str(python)]
     advice = "On Debian and Ubuntu, `apt-get install python3-venv` may be missing; `pip install uv` helps everywhere."
-    run([sys.executable, "-m", "venv", "--clear", venv], f"No virtual environment could be made. {advice}")
+    run([base, "-m", "venv", "--clear", venv], f"No virtual environment could be made. {advice}")
     pip = [str(python), "-m", "pip", "install", "-q"]
     if _succeeds(*pip, "uv"):
         return [str(python), "-m", "uv", "pip", "install", "--python", str(python)]

@@ -13,6 +13,8 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_tomesd import TomePatchModel
 from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
+from comfyui_moma.moma_modules.comfy_bridge import run as run_module
+from comfyui_moma.moma_modules.comfy_bridge.forward import Forward
 from comfyui_moma.moma_modules.comfy_bridge.unet import BLOCKS
 from compat_rows import message
 from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
@@ -212,8 +214,17 @@ class _Waits(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_no_step_waits_for_the_device(model: Any, adapter: Any, subject: Any) -> None:
-    """From the first forward to the last. What others add to a slot may wait: their noise range is read then."""
+def computing_all(**settings: Any) -> Forward:
+    """A Forward that leaves no queries out, as on a GPU."""
+    return Forward(**{**settings, "selecting": False})
+
+
+def test_no_step_waits_for_the_device(model: Any, adapter: Any, subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first forward to the last, computing all queries as on a GPU.
+
+    What others add to a slot may wait: their noise range is read then.
+    """
+    monkeypatch.setattr(run_module, "Forward", computing_all)
     patched = moma(model, adapter, subject, shortcut=tiny_shortcut())
     run(patched, subject)  # the reference pass is kept from here on
     assert _waits(patched, subject) == []

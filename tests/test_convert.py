@@ -307,7 +307,9 @@ NO_NAMES = ["con", "a/NUL.txt", "Com1", "lpt9.x/y", "a./y", "a /y", "a?b", "x\ny
 def test_names_that_lead_out_or_are_none_are_refused(roots: Path, name: str) -> None:
     before = sorted(str(path) for path in roots.parent.rglob("*"))
     message = str(ConvertMllm.validate_inputs("MoMA_llava_7b", name))
-    assert message.startswith(f"filename {name[:80]!r} ") and message.endswith("Give a name such as 'cup' or 'cars/red'.")
+    assert message.startswith(f"filename {name[:80]!r} ") and message.endswith(
+        "Give a name such as 'cup' or 'cars/red'."
+    )
     with pytest.raises(ValueError, match="^filename '"):
         ConvertMllm.execute("MoMA_llava_7b", "keep", name)
     assert sorted(str(path) for path in roots.parent.rglob("*")) == before

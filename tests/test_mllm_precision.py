@@ -132,14 +132,16 @@ def test_scales_of_a_wrong_shape_are_refused(folder: Path, tmp_path: Path) -> No
     for shard in packed.glob("*.bin"):
         weights = torch.load(shard, weights_only=True)
         torch.save({key: v[:-1] if key.endswith("_scale") else v for key, v in weights.items()}, shard)
-    with pytest.raises(ValueError, match=r"weight_scale' is torch\.float32 \(511,\), expected scales \(512,\)"):
+    with pytest.raises(
+        ValueError, match=r"weight_scale'.* is torch\.float32 \(511,\); expected finite float32 \(512,\)"
+    ):
         load_mllm(packed)
 
 
 def test_integers_without_scales_are_refused(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "llava"))
     rewrite(copy, "model.layers.", lambda key, value: {key: quantize_rows(value, torch.int8)[0]})
-    with pytest.raises(ValueError, match=r"is torch\.int8 \(512, 512\), expected a floating-point one"):
+    with pytest.raises(ValueError, match=r"weight_scale', which scales an 8-bit weight, is missing"):
         load_mllm(copy)
 
 

@@ -1,0 +1,199 @@
+"""The parts of `screenshots.py`, inside ComfyUI's Python: docs/images, web/docs/images and thumbnails in workflows/.
+
+The weights are random, so pictures that the model makes are noise; the previews show the test's cup.
+"""
+
+import io
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from browser import SETTINGS, WINDOW, Editor, open_browser, open_editor
+from comfyui_source import ROOT, cache_dir
+from PIL import Image
+
+DOCS, HELP = ROOT / "docs" / "images", ROOT / "web" / "docs" / "images"
+PHOTO = ROOT / "tests" / "data" / "subject" / "photo_masked.png"
+THUMBNAIL = (768, 512)
+RUN = 1_800_000
+LISTED = (
+    "controlnet/control_v11p_sd15_openpose_fp16.safetensors",
+    "background_removal/birefnet.safetensors",
+    "loras/style.safetensors",
+)
+"""Files that workflows name and no picture needs the content of: with them, nothing is shown as missing."""
+SMALL = {"EmptyLatentImage": (192, 192, 1)}
+
+
+def workflow(name: str) -> dict[str, Any]:
+    """A committed workflow."""
+    return dict(json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def made_small(content: dict[str, Any], steps: int) -> dict[str, Any]:
+    """The same graph at a size that a CPU can run."""
+    for node in content["nodes"]:
+        if node["type"] in SMALL:
+            node["widgets_values"] = list(SMALL[node["type"]])
+        elif node["type"] == "KSampler":
+            node["widgets_values"][1:3] = ["fixed", steps]
+        elif node["type"] == "MoMAStrengthStudy":
+            node["widgets_values"][:2] = ["0.0, 0.6, 1.2", "1.0"]
+            node["widgets_values"][4] = steps
+    return content
+
+
+def thumbnail(picture: Path, target: Path) -> None:
+    """The picture on a canvas of the thumbnails' shape."""
+    image = Image.open(picture).convert("RGB")
+    image.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
+    canvas = Image.new("RGB", THUMBNAIL, (24, 24, 24))
+    canvas.paste(image, ((THUMBNAIL[0] - image.width) // 2, (THUMBNAIL[1] - image.height) // 2))
+    canvas.save(target, quality=82)
+    print(f"Wrote {target.relative_to(ROOT)}", flush=True)
+
+
+def take(editor: Editor, target: Path, kinds: tuple[str, ...] = (), width: int = 1400) -> None:
+    """A picture of nodes, at most `width` wide."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    editor.picture(target, kinds)
+    _shrink(target, width)
+
+
+def _shrink(target: Path, width: int) -> None:
+    image = Image.open(io.BytesIO(target.read_bytes())).convert("RGB")
+    if image.width > width:
+        image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
+    image.save(target, optimize=True)
+    print(f"Wrote {target.relative_to(ROOT)}, {target.stat().st_size // 1024} kB", flush=True)
+
+
+def workflows(editor: Editor) -> None:
+    """Every workflow as it opens, and its thumbnail."""
+    for path in sorted((ROOT / "workflows").glob("*.json")):
+        editor.load(workflow(path.stem), path.stem)
+        editor.close_dialogs()
+        take(editor, DOCS / f"{path.stem}.png")
+        thumbnail(DOCS / f"{path.stem}.png", path.with_suffix(".jpg"))
+
+
+def nodes(editor: Editor) -> None:
+    """Each node by itself, for its help page."""
+    kinds = editor.page.evaluate("() => Object.keys(LiteGraph.registered_node_types).filter(k => k.startsWith('MoMA'))")
+    for kind in sorted(kinds):
+        editor.page.evaluate(
+            """kind => {
+                app.graph.clear()
+                const node = LiteGraph.createNode(kind)
+                node.pos = [100, 100]
+                app.graph.add(node)
+                node.setSize([Math.max(node.computeSize()[0], 340), node.computeSize()[1]])
+            }""",
+            kind,
+        )
+        editor.page.wait_for_timeout(300)
+        take(editor, HELP / f"{kind}.png", (kind,), width=600)
+
+
+def blueprint(editor: Editor) -> None:
+    """The blueprint's node."""
+    (path,) = (ROOT / "subgraphs").glob("*.json")
+    editor.load(json.loads(path.read_text(encoding="utf-8")), path.stem)
+    editor.close_dialogs()
+    take(editor, DOCS / "blueprint.png")
+
+
+def help_page(editor: Editor) -> None:
+    """A node's help page beside its node."""
+    editor.page.set_viewport_size({"width": 1300, "height": 760})
+    editor.load(workflow("new_context"), "new_context")
+    editor.close_dialogs()
+    editor.open_help("MoMASelfAttnShortcut")
+    editor.page.wait_for_timeout(2500)
+    target = DOCS / "help_page.png"
+    editor.page.screenshot(path=target, animations="disabled")
+    _shrink(target, 1300)
+    editor.page.set_viewport_size(WINDOW)
+
+
+def previews(editor: Editor) -> None:
+    """What the nodes show after a run."""
+    editor.load(made_small(workflow("new_context"), steps=8), "new_context_small")
+    editor.close_dialogs()
+    editor.queue(RUN)
+    take(editor, DOCS / "preview_extract.png", ("MoMAExtractSubject",), width=900)
+    take(editor, DOCS / "preview_tokens.png", ("MoMATextEncode",), width=900)
+    take(editor, DOCS / "preview_mask.png", ("MoMASubjectMask",), width=900)
+    take(editor, DOCS / "previews.png", width=1200)
+    editor.page.evaluate(
+        """() => {
+            for (const node of app.graph.nodes) {
+                const sampler = node.type === 'KSampler'
+                const widget = (node.widgets ?? []).find(w => w.name === (sampler ? 'seed' : 'show_mask'))
+                if (widget) widget.value = sampler ? 2 : true
+            }
+        }"""
+    )
+    editor.queue(RUN)
+    take(editor, DOCS / "preview_live.png", ("MoMAApplyAdapter",), width=900)
+
+
+def study(editor: Editor) -> None:
+    """The strength study after a run."""
+    editor.load(made_small(workflow("strength_study"), steps=2), "strength_study_small")
+    editor.close_dialogs()
+    editor.queue(RUN)
+    take(editor, DOCS / "strength_study_result.png")
+
+
+PARTS = {
+    "workflows": workflows,
+    "nodes": nodes,
+    "blueprint": blueprint,
+    "previews": previews,
+    "study": study,
+    "help": help_page,
+}
+
+
+def save_cup(folder: Path) -> None:
+    """A saved subject, for the loader to show."""
+    import torch
+    from comfyui_moma.moma_modules.subject import Subject, save_subject
+
+    photo = Image.open(PHOTO).resize((512, 512))
+    pixels = torch.from_numpy(np.array(photo.convert("RGB")))
+    mask = torch.from_numpy(np.array(photo.getchannel("A")) == 0)
+    folder.mkdir(parents=True, exist_ok=True)
+    subject = Subject(torch.zeros(1, 1024), "cup", "A cup on a beach at sunset.", pixels[None], mask[None], "0" * 64)
+    save_subject(subject, folder / "cup_00001_.safetensors")
+
+
+def take_all(comfyui: Path, chosen: list[str]) -> None:
+    """Take the pictures of the chosen parts, see `PARTS`; of all parts where none is chosen."""
+    from bootstrap import bootstrap
+
+    bootstrap()
+    from comfy_server import ComfyServer
+    from random_weights import adapter_file, llava_folder, sd15_checkpoint
+
+    with tempfile.TemporaryDirectory(prefix="moma-screenshots-") as folder:
+        mllm = llava_folder(Path(folder) / "MoMA_llava_7b")
+        adapter_file(mllm)
+        models = {
+            "checkpoints/v1-5-pruned-emaonly-fp16.safetensors": sd15_checkpoint(cache_dir()),
+            "moma/MoMA_llava_7b": mllm,
+        }
+        with ComfyServer(comfyui, Path(folder) / "server", models) as server:
+            shutil.copyfile(PHOTO, server.input / "example.png")
+            for name in LISTED:
+                (server.base / "models" / name).parent.mkdir(exist_ok=True)
+                (server.base / "models" / name).touch()
+            save_cup(server.output / "moma_subjects")
+            server.post("/settings", SETTINGS)
+            with open_browser() as browser, open_editor(browser, server.address) as editor:
+                for name in chosen or PARTS:
+                    PARTS[name](editor)
