@@ -18,7 +18,7 @@ NOTE = "MarkdownNote"
 GAP, TITLE, TOP = 30, 30, 60
 ROW, TEXT, PICTURE, SHOWN_TEXT, PADDING = 24, 110, 220, 50, 16
 SHOW_PICTURES = {"SaveImage", "LoadImage", "MoMASubjectMask", "MoMAExtractSubject", "MoMAContactSheet"}
-SHOW_TEXT = {"MoMATextEncode", "MoMAExtractSubject"}
+SHOW_TEXT = {"MoMATextEncode", "MoMAExtractSubject", "MoMALoadMLLM"}
 OPTIONAL_SHAPE = 7
 """How the editor marks a socket that may stay unconnected."""
 

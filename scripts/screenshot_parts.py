@@ -86,7 +86,8 @@ def nodes(editor: Editor) -> None:
     for kind in sorted(kinds):
         editor.page.evaluate(
             """kind => {
-                app.graph.clear()
+                // Not cleared: a new node with an old node's id would show that one's values.
+                for (const old of [...app.graph.nodes]) app.graph.remove(old)
                 const node = LiteGraph.createNode(kind)
                 node.pos = [100, 100]
                 app.graph.add(node)
@@ -146,7 +147,7 @@ def study(editor: Editor) -> None:
     editor.load(made_small(workflow("strength_study"), steps=2), "strength_study_small")
     editor.close_dialogs()
     editor.queue(RUN)
-    take(editor, DOCS / "strength_study_result.png")
+    take(editor, DOCS / "strength_study_result.png", width=1100)
 
 
 PARTS = {

@@ -5,27 +5,26 @@ It travels in the run's own copy of the transformer options; nothing is kept on 
 """
 
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_patcher
-import comfy.samplers
 import comfy.utils
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..subject_mask import subject_mask
 from .attention import FORWARD
 from .conditioning import Rows, attach_rows, subjects_in, take_rows
 from .editor import show_text
+from .evaluation import Evaluation
 from .forward import Forward, SubjectRun
 from .image_tokens import ImageTokenLayers, image_token_layers
 from .live_mask import Film, LiveMask
 from .neighbours import check_neighbours, without_compilation
 from .reference import reference_keys_values
 from .reference_cache import KeysValues
-from .settings import KEY, Settings, SubjectSettings, Window
+from .schedule import Gates
+from .settings import KEY, Settings, SubjectSettings
 from .slots import fill_slots
 
 
@@ -46,8 +45,8 @@ class RunState:
         self._live: list[LiveMask | None] = []
         self._collecting = False
         self._found: list[bool] = []
-        self._gates: tuple[_Gate, ...] = ()
-        self._evaluation: _Evaluation | None = None
+        self._gates: tuple[Gates, ...] = ()
+        self._evaluation: Evaluation | None = None
         self._patches: Any = None
         self._canvas: tuple[int, int, int] = (0, 0, 0)
 
@@ -68,13 +67,13 @@ class RunState:
         show_text(f"MoMA looks at the reference: {', '.join(entry.subject.word for entry in self.settings.subjects)}")
         self.subjects = tuple(_subject_run(entry, guider, options, noise) for entry in self.settings.subjects)
         sampling = guider.inner_model.model_sampling
-        self._gates = tuple(_Gate.of(entry, sampling) for entry in self.settings.subjects)
+        self._gates = tuple(Gates.of(entry, sampling) for entry in self.settings.subjects)
         show_text("MoMA: sampling")
 
     def begin_evaluation(self, model_options: dict[str, Any], device: torch.device) -> None:
         """A guider starts to evaluate its prompts at one noise level."""
         self._patches = _replacements(model_options)
-        self._evaluation = _Evaluation(len(self.subjects), self._canvas, device) if any(self._found) else None
+        self._evaluation = Evaluation(len(self.subjects), self._canvas, device) if any(self._found) else None
 
     def end_evaluation(self) -> None:
         """The maps that came together become the masks of the next evaluation."""
@@ -160,82 +159,6 @@ class RunState:
         if shortcut is not None and shortcut.strength != 0:
             own = gate.shortcut.apply(_times(mask, run.self_area), sigma)
         return cross, own
-
-
-@dataclass(frozen=True)
-class _Range:
-    """Noise levels in which something applies: end <= sigma <= start."""
-
-    start: float
-    end: float
-    always: bool
-
-    def apply(self, factor: Tensor, sigma: Tensor | None) -> Tensor:
-        # Multiplied rather than branched on: reading sigma would make the CPU wait for the GPU in every step.
-        if sigma is None or self.always:
-            return factor
-        level = sigma.flatten()[0]
-        return factor * ((level <= self.start) & (level >= self.end))
-
-
-@dataclass(frozen=True)
-class _Gate:
-    """The noise ranges of a subject's two parts."""
-
-    cross: _Range
-    shortcut: _Range
-
-    @classmethod
-    def of(cls, entry: SubjectSettings, model_sampling: Any) -> "_Gate":
-        def span(part: Any) -> _Range:
-            window = Window() if part is None else part.window
-            sigma = model_sampling.percent_to_sigma
-            always = window.start <= 0 and window.end >= 1
-            return _Range(float(sigma(window.start)), float(sigma(window.end)), always)
-
-        return cls(span(entry.image_tokens), span(entry.shortcut))
-
-
-class _Evaluation:
-    """Attention maps of one evaluation, gathered on a canvas [S, 2, B * H * W] (negative, positive).
-
-    Guidance nodes (SAG) may evaluate a changed latent again with the same options: the first call to reach a place on
-    the canvas counts.
-    """
-
-    def __init__(self, subjects: int, canvas: tuple[int, int, int], device: torch.device) -> None:
-        self.canvas = canvas
-        self.sums = torch.zeros(subjects, 2, canvas[0] * canvas[1] * canvas[2], device=device)
-        self.counts = torch.zeros_like(self.sums)
-        self.has_maps = False
-        self._call_sums = torch.zeros_like(self.sums)
-        self._call_counts = torch.zeros_like(self.sums)
-
-    def add(self, maps: Tensor, rows: Rows) -> None:
-        known = rows.tokens.amax(dim=2).to(maps.dtype)[..., None, None].expand_as(maps)
-        places = (rows.positive.view(-1, 1, 1, 1) * self.sums.shape[2] + rows.pixels).flatten()
-        for canvas, values in ((self._call_sums, maps * known), (self._call_counts, known)):
-            canvas.view(canvas.shape[0], -1).index_add_(1, places, values.transpose(0, 1).flatten(1))
-        self.has_maps = True
-
-    def end_call(self) -> None:
-        """Keep what the call added where nothing was yet."""
-        new = self.counts == 0
-        self.sums += torch.where(new, self._call_sums, 0.0)
-        self.counts += torch.where(new, self._call_counts, 0.0)
-        self._call_sums.zero_()
-        self._call_counts.zero_()
-
-    def masks(self, previous: Tensor | None) -> Tensor:
-        """[S, B, H, W]; where no positive row knew a subject of an image (timestep ranges), its mask stays."""
-        subjects, (batch, height, width) = self.sums.shape[0], self.canvas
-        by_image = (subjects, 2, batch, height * width)
-        maps = (self.sums / self.counts.clamp(min=1)).view(by_image).transpose(1, 2)
-        covered = (self.counts > 0).view(by_image).transpose(1, 2)
-        found = subject_mask(maps, covered)
-        before = torch.ones_like(found) if previous is None else previous.view_as(found)
-        known = covered[:, :, 1].any(dim=-1, keepdim=True)
-        return torch.where(known, found, before).view(subjects, batch, height, width)
 
 
 def _live_mask(entry: SubjectSettings) -> LiveMask | None:

@@ -122,8 +122,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} was refused: it is truncated, not a PyTorch file, or holds code instead of weights ({error}). "
-            f"{GET_AGAIN}"
+            # PyTorch's own words are left out: they advise to load the file without this protection.
+            f"{path} was refused: it is truncated, not a PyTorch file, or holds code instead of weights. {GET_AGAIN}"
         ) from error
     except Exception as error:  # a broken pickle can make the reader fail in any way
         size = f"{path.stat().st_size} bytes" if path.exists() else "a link that leads nowhere"
