@@ -128,7 +128,7 @@ def previews(editor: Editor) -> None:
     take(editor, DOCS / "preview_extract.png", ("MoMAExtractSubject",), width=900)
     take(editor, DOCS / "preview_tokens.png", ("MoMATextEncode",), width=900)
     take(editor, DOCS / "preview_mask.png", ("MoMASubjectMask",), width=900)
-    take(editor, DOCS / "previews.png", width=1200)
+    take(editor, DOCS / "previews.png", width=1100)
     editor.page.evaluate(
         """() => {
             for (const node of app.graph.nodes) {
