@@ -99,5 +99,5 @@ def test_errors_before_it_runs_are_the_nodes_own_words(server: ComfyServer, fold
     (folder / "bad.json").write_text(json.dumps(bad))
     ran = program(folder, server, "photo.png", "cup", "A cup.", "none.png", "--graph", "bad.json")
     assert ran.returncode == 1
-    assert "MoMALoadAdapter: adapter_name: there is no adapter 'gone.th'. Searched:" in ran.stderr
+    assert "adapter_name: there is no adapter 'gone.th'. Searched:" in ran.stderr
     assert "Found: MoMA_llava_7b/attn_adapters_projectors.th. Download" in ran.stderr
