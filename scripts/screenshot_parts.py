@@ -135,6 +135,8 @@ def previews(editor: Editor) -> None:
                 const sampler = node.type === 'KSampler'
                 const widget = (node.widgets ?? []).find(w => w.name === (sampler ? 'seed' : 'show_mask'))
                 if (widget) widget.value = sampler ? 2 : true
+                if (node.type === 'MoMAApplyAdapter') node.setSize([node.size[0], node.size[1] + 260])
+                if (node.type === 'MoMASelfAttnShortcut') node.pos = [node.pos[0], node.pos[1] + 260]
             }
         }"""
     )

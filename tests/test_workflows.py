@@ -189,7 +189,6 @@ def test_each_cell_of_the_study_is_the_picture_of_those_numbers(server: ComfySer
     prompt[name]["inputs"]["strengths"] = "0.4, 1.0, 0.0"
     saver["inputs"]["images"] = [name, 0]
     run = server.run(prompt)
-    assert sum(".sampler-" in node for node in run.executed) == 1
     (sheet,) = pictures(server, prompt, run)
     assert sheet.shape[1] > 3 * 128 and sheet.shape[0] > 128
 
@@ -211,7 +210,7 @@ def test_the_mask_is_shown_live_and_changes_nothing(server: ComfyServer, first: 
     run = server.run(prompt)
     assert np.array_equal(pictures(server, prompt, run)[0], plain)
     shown = [picture for node, picture in run.previews if node == name]
-    assert shown and Image.open(io.BytesIO(shown[0])).size == (128, 128)
+    assert shown and Image.open(io.BytesIO(shown[0])).size == (512, 512)
     texts = [text for _, text in run.texts]
     assert any("MoMA looks at the reference: cup" in text for text in texts)
     assert any("[cup]" in text for text in texts) == ("[cup]" in str(first[1].outputs))
