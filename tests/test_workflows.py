@@ -213,7 +213,7 @@ def test_the_mask_is_shown_live_and_changes_nothing(server: ComfyServer, first: 
     assert shown and Image.open(io.BytesIO(shown[0])).size == (512, 512)
     texts = [text for _, text in run.texts]
     assert any("MoMA looks at the reference: cup" in text for text in texts)
-    assert any("[cup]" in text for text in texts) == ("[cup]" in str(first[1].outputs))
+    assert any("[cup]" in text for _, text in first[1].texts)
 
 
 @pytest.mark.slow
@@ -221,5 +221,6 @@ def test_the_reference_is_shown_as_the_mllm_saw_it(server: ComfyServer, first: t
     (seen,) = pictures(server, *first, "MoMAExtractSubject")
     assert seen.shape == (512, 1032, 3)
     assert (seen == np.array([255, 0, 200])).all(axis=2).sum() > 1000
-    (text,) = [out["text"][0] for out in first[1].outputs.values() if "text" in out]
-    assert text.startswith("photo of a [cup]. a [cup] on a beach at sunset.")
+    texts = [out["text"][0] for out in first[1].outputs.values() if "text" in out]
+    assert any(text.startswith("photo of a [cup]. a [cup] on a beach at sunset.") for text in texts)
+    assert any(text.startswith("auto: weights in fp16, computing in ") for text in texts)
