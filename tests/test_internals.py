@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bootstrap import ROOT
+from bootstrap import ROOT, comfyui_path
 
 TABLE = ROOT / "docs" / "comfyui_internals.md"
 COMFYUI = ("comfy", "comfy_api", "comfy_execution", "folder_paths", "execution", "server", "latent_preview")
@@ -92,8 +92,22 @@ def test_it_is_there_in_this_comfyui(name: str) -> None:
     assert _found(name) is not None
 
 
+def _names_of_the_server() -> set[str]:
+    """What ComfyUI's server.py defines and imports; before 0.20 it can be imported in a running server only."""
+    nodes = ast.walk(ast.parse((comfyui_path() / "server.py").read_text("utf-8")))
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
 def _found(name: str) -> Any:
     module, _, attribute = name.rpartition(".")
+    if module == "server":
+        return attribute if attribute in _names_of_the_server() else None
     try:
         return getattr(importlib.import_module(module), attribute)
     except AttributeError:
