@@ -1,6 +1,7 @@
 """mllm: loading the language model and one look at a picture, per precision.
 
-On a CPU the full-size model is measured with one and with two of its language layers, and extrapolated to all.
+On a CPU the full-size model is measured with one and with two of its language layers, and extrapolated to all; in fp32
+and in what `auto` computes in there.
 """
 
 import re
@@ -8,28 +9,40 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from arithmetic import flops_per_second, matrix_flops
 from measure import seconds_of
 from memory import MemoryMeter
 from session import Session
 from workload import PICTURE, WORD
 
+if TYPE_CHECKING:
+    from comfyui_moma.moma_modules.mllm.model import Mllm
+    from random_weights import LlavaSize
+
 BASELINE = "fp32"
 _CASE = re.compile(r"(?P<precision>.+) (?P<size>small|full|\d+ layers)")
 
 
-def processes(precisions: list[str], full: bool, cuda: bool) -> list[list[str]]:
-    """Cases `PRECISION SIZE`, by the process they run in: the small model's in one, every other in its own."""
+def processes(precisions: list[str], auto: str, full: bool, cuda: bool) -> list[list[str]]:
+    """Cases `PRECISION SIZE`, by the process they run in: the small model's in one, every other in its own.
+
+    Args:
+        auto: What `auto` computes in on this CPU.
+    """
     small = [f"{precision} small" for precision in precisions]
     sizes = (["full"] if cuda else ["1 layers", "2 layers"]) if full else []
-    return [small, *([f"{precision} {size}"] for size in sizes for precision in precisions)]
+    sized = precisions if cuda else [name for name in precisions if name in (BASELINE, auto)]
+    return [small, *([f"{precision} {size}"] for size in sizes for precision in sized)]
 
 
 def measure(session: Session, case: str) -> dict[str, Any]:
-    """`load_s`, `forward_s` and `peak_mb`; or `refused`, the message, where a precision needs what is not there."""
+    """`load_s`, `forward_s`, `arithmetic_s` (of the forward's matrix products alone, in the dtype that it computes in)
+    and `peak_mb`; or `refused`, the message, where a precision needs what is not there.
+    """
     from random_weights import FULL_LLAVA, SMALL_LLAVA, llava_folder
 
     found = _CASE.fullmatch(case)
@@ -40,7 +53,7 @@ def measure(session: Session, case: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = llava_folder(Path(folder), llava)
         try:
-            return _times(path, found["precision"], session.plan.mllm_rounds)
+            return _times(path, llava, found["precision"], session.plan.mllm_rounds)
         except (ValueError, ImportError) as error:
             return {"refused": str(error)}
 
@@ -53,11 +66,11 @@ def result(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
         assert match is not None
         sizes.setdefault(match["size"], {})[match["precision"]] = found
     if "2 layers" in sizes:
-        sizes["full, extrapolated"] = _extrapolated(sizes.pop("1 layers"), sizes.pop("2 layers"))
+        sizes["extrapolated full"] = _extrapolated(sizes.pop("1 layers"), sizes.pop("2 layers"))
     return {size: _against_baseline(found) for size, found in sizes.items()}
 
 
-def _times(folder: Path, precision: str, rounds: int) -> dict[str, float]:
+def _times(folder: Path, size: "LlavaSize", precision: str, rounds: int) -> dict[str, float]:
     from comfyui_moma.moma_modules.mllm.encode import subject_hidden_state
     from comfyui_moma.moma_modules.mllm.model import load_mllm
 
@@ -74,8 +87,28 @@ def _times(folder: Path, precision: str, rounds: int) -> dict[str, float]:
     with torch.inference_mode():
         look()
         first = time.perf_counter() - start
-        forward = median(seconds_of(look) for _ in range(rounds))
-    return {"load_s": max(first - forward, 0.0), "forward_s": forward, "peak_mb": meter.peak_mb() - before}
+        peak = meter.peak_mb() - before
+        flops = matrix_flops(look)
+        forward, arithmetic = [], []
+        for _ in range(rounds):  # by turns, so that a slow moment hits both
+            forward.append(seconds_of(look))
+            arithmetic.append(_arithmetic_seconds(mllm, size, flops))
+    return {
+        "load_s": max(first - median(forward), 0.0),
+        "forward_s": median(forward),
+        "arithmetic_s": median(arithmetic),
+        "peak_mb": peak,
+    }
+
+
+def _arithmetic_seconds(mllm: "Mllm", size: "LlavaSize", flops: int) -> float:
+    """At the speed of the language model's largest product."""
+    loaded = mllm.loaded
+    tokens = (size.image // 14) ** 2
+    speed = flops_per_second(
+        tokens, size.hidden, size.intermediate, loaded.plan.compute_dtype, loaded.patcher.load_device
+    )
+    return flops / speed
 
 
 def _extrapolated(one: dict[str, dict[str, Any]], two: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -90,17 +123,16 @@ def _extrapolated(one: dict[str, dict[str, Any]], two: dict[str, dict[str, Any]]
 
 
 def _against_baseline(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    base = found[BASELINE]
-    figures: dict[str, Any] = {
-        figure: {
-            BASELINE: value,
-            **{
-                precision: values[figure] / value
-                for precision, values in found.items()
-                if precision != BASELINE and "refused" not in values
-            },
-        }
-        for figure, value in base.items()
-    }
+    """Per figure the baseline's value and ratios to it; the forward against its own arithmetic too."""
     refused = {precision: values["refused"] for precision, values in found.items() if "refused" in values}
+    ran = {precision: values for precision, values in found.items() if precision not in refused}
+    figures: dict[str, Any] = {
+        figure: {BASELINE: base, **{name: ran[name][figure] / base for name in ran if name != BASELINE}}
+        for figure, base in ran[BASELINE].items()
+        if figure != "arithmetic_s"
+    }
+    figures["arithmetic_s"] = {name: values["arithmetic_s"] for name, values in ran.items()}
+    figures["forward_over_arithmetic"] = {
+        name: values["forward_s"] / values["arithmetic_s"] for name, values in ran.items()
+    }
     return {**figures, "refused": refused} if refused else figures

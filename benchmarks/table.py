@@ -118,6 +118,11 @@ def _scaling(found: Results) -> Iterator[Row]:
 def _mllm(found: Results) -> Iterator[Row]:
     labels = {"load_s": "loading", "forward_s": "one look", "peak_mb": "peak memory"}
     for size, figures in found.items():
+        if size != "small":  # whose products are too short to be what a look takes
+            for precision, seconds in figures["arithmetic_s"].items():
+                value = f"its matrix products alone: {_seconds(seconds)}"
+                ratio = figures["forward_over_arithmetic"][precision]
+                yield Row("mllm", f"{size} model, {precision}: one look", value, _times(ratio), "")
         for figure, label in labels.items():
             values = dict(figures[figure])
             base = values.pop("fp32")

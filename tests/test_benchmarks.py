@@ -8,6 +8,8 @@ import mllm_part
 import pytest
 import run as benchmark
 import table
+import torch
+from arithmetic import matrix_flops
 from measure import ratios, with_steps
 from parts import PARTS, SHARED
 from plan import PLANS, plan_for
@@ -27,7 +29,7 @@ def results(session: Session) -> dict[str, Any]:
     precisions = ["fp32", "bf16"]
     cases = {
         **{part: ["all"] for part in SHARED},
-        "mllm": mllm_part.processes(precisions, full=False, cuda=False)[0],
+        "mllm": mllm_part.processes(precisions, "fp32", full=False, cuda=False)[0],
         "memory": list(session.plan.memory_cases),
         "leak": list(PARTS["leak"].CASES),
     }
@@ -61,18 +63,32 @@ def test_the_language_model_is_measured_in_each_precision(results: dict[str, Any
     small = results["mllm"]["small"]
     assert all(set(small[figure]) == {"fp32", "bf16"} for figure in ("load_s", "forward_s", "peak_mb"))
     assert all(is_positive(value) for value in small["forward_s"].values())
+    assert set(small["forward_over_arithmetic"]) == {"fp32", "bf16"}
+    assert all(is_positive(ratio) for ratio in small["forward_over_arithmetic"].values())
+
+
+def test_the_products_of_a_computation_are_counted() -> None:
+    x, weight = torch.randn(5, 7), torch.randn(11, 7)
+    assert matrix_flops(lambda: torch.nn.functional.linear(x, weight)) == 2 * 5 * 7 * 11
+
+
+def test_a_cpu_measures_full_size_only_in_fp32_and_what_auto_takes() -> None:
+    cases = mllm_part.processes(["bf16", "fp8", "fp32"], "bf16", full=True, cuda=False)
+    assert cases[1:] == [["bf16 1 layers"], ["fp32 1 layers"], ["bf16 2 layers"], ["fp32 2 layers"]]
 
 
 def test_two_layers_are_extrapolated_to_all() -> None:
     measured = {
-        "fp32 1 layers": {"load_s": 2.0, "forward_s": 3.0, "peak_mb": 500.0},
-        "fp32 2 layers": {"load_s": 3.0, "forward_s": 5.0, "peak_mb": 700.0},
+        "fp32 1 layers": {"load_s": 2.0, "forward_s": 3.0, "arithmetic_s": 2.0, "peak_mb": 500.0},
+        "fp32 2 layers": {"load_s": 3.0, "forward_s": 5.0, "arithmetic_s": 3.0, "peak_mb": 700.0},
         "fp8 1 layers": {"refused": "needs a GPU"},
         "fp8 2 layers": {"refused": "needs a GPU"},
     }
-    found = PARTS["mllm"].result(measured)["full, extrapolated"]
+    found = PARTS["mllm"].result(measured)["extrapolated full"]
     assert found["forward_s"] == {"fp32": 3.0 + 31 * 2.0}
     assert found["peak_mb"] == {"fp32": 500.0 + 31 * 200.0}
+    assert found["arithmetic_s"] == {"fp32": 2.0 + 31 * 1.0}
+    assert found["forward_over_arithmetic"] == {"fp32": 65.0 / 33.0}
     assert found["refused"] == {"fp8": "needs a GPU"}
 
 
