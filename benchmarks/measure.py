@@ -18,11 +18,19 @@ SCHEDULE = 20
 """Steps of the schedule that the timed step is the middle one of."""
 
 
-def sampling_run(model: Any, positive: list, negative: list, size: tuple[int, int], batch: int = 1) -> Opener:
+def sampling_run(
+    model: Any,
+    positive: list,
+    negative: list,
+    size: tuple[int, int],
+    batch: int = 1,
+    ended: Callable[[torch.Tensor], object] = lambda samples: None,
+) -> Opener:
     """A run of ComfyUI's sampling that stops at the middle of its schedule, where the subject mask is known.
 
     Args:
         size: Height and width of the latent.
+        ended: Gets the samples that the run returns.
     """
     import comfy.sample
     import comfy.samplers
@@ -40,7 +48,7 @@ def sampling_run(model: Any, positive: list, negative: list, size: tuple[int, in
 
         noise = torch.randn(batch, 4, *size, generator=torch.Generator().manual_seed(1))
         with torch.inference_mode():
-            comfy.sample.sample_custom(
+            samples = comfy.sample.sample_custom(
                 model,
                 noise,
                 CFG,
@@ -52,6 +60,7 @@ def sampling_run(model: Any, positive: list, negative: list, size: tuple[int, in
                 disable_pbar=True,
                 seed=1,
             )
+        ended(samples)
 
     return open_run
 

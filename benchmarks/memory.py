@@ -2,11 +2,14 @@
 
 import ctypes
 import gc
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from measure import Step
 
 MIB = 2**20
+_PAGE = 1 / 256
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -44,6 +47,19 @@ class MemoryMeter:
     def peak_mb(self) -> float:
         """The most MiB in use since the last reset."""
         return torch.cuda.max_memory_allocated() / MIB if self.cuda else _status("VmHWM")
+
+
+def memory_of_steps(steps: Mapping[str, Step]) -> dict[str, float]:
+    """`plain_mb`: how far memory rises during a step; the others as ratios to that."""
+    meter = MemoryMeter()
+    rises = {}
+    for name, step in steps.items():
+        meter.reset()
+        before = meter.now_mb()
+        step()
+        rises[name] = meter.peak_mb() - before
+    plain = max(rises.pop("plain"), _PAGE)
+    return {"plain_mb": plain, **{name: rise / plain for name, rise in rises.items()}}
 
 
 def _status(name: str) -> float:

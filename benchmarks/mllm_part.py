@@ -1,6 +1,6 @@
 """mllm: loading the language model and one look at a picture, per precision.
 
-On a CPU the full-size model is measured with one and with two of its language layers, and extrapolated to all; in fp32
+On a CPU the full-size model is measured with one and with five of its language layers, and extrapolated to all; in fp32
 and in what `auto` computes in there.
 """
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from random_weights import LlavaSize
 
 BASELINE = "fp32"
+FEW, MORE = 1, 5
 _CASE = re.compile(r"(?P<precision>.+) (?P<size>small|full|\d+ layers)")
 
 
@@ -34,14 +35,15 @@ def processes(precisions: list[str], auto: str, full: bool, cuda: bool) -> list[
         auto: What `auto` computes in on this CPU.
     """
     small = [f"{precision} small" for precision in precisions]
-    sizes = (["full"] if cuda else ["1 layers", "2 layers"]) if full else []
+    sizes = (["full"] if cuda else [f"{FEW} layers", f"{MORE} layers"]) if full else []
     sized = precisions if cuda else [name for name in precisions if name in (BASELINE, auto)]
     return [small, *([f"{precision} {size}"] for size in sizes for precision in sized)]
 
 
 def measure(session: Session, case: str) -> dict[str, Any]:
-    """`load_s`, `forward_s`, `arithmetic_s` (of the forward's matrix products alone, in the dtype that it computes in)
-    and `peak_mb`; or `refused`, the message, where a precision needs what is not there.
+    """`load_s`, `forward_s`, `peak_mb`; `flops` of the forward's matrix products, `flops_per_s` of such a product alone.
+
+    Or `refused`, the message, where a precision needs what is not there.
     """
     from random_weights import FULL_LLAVA, SMALL_LLAVA, llava_folder
 
@@ -65,8 +67,8 @@ def result(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
         match = _CASE.fullmatch(case)
         assert match is not None
         sizes.setdefault(match["size"], {})[match["precision"]] = found
-    if "2 layers" in sizes:
-        sizes["extrapolated full"] = _extrapolated(sizes.pop("1 layers"), sizes.pop("2 layers"))
+    if f"{MORE} layers" in sizes:
+        sizes["extrapolated full"] = _extrapolated(sizes.pop(f"{FEW} layers"), sizes.pop(f"{MORE} layers"))
     return {size: _against_baseline(found) for size, found in sizes.items()}
 
 
@@ -89,37 +91,36 @@ def _times(folder: Path, size: "LlavaSize", precision: str, rounds: int) -> dict
         first = time.perf_counter() - start
         peak = meter.peak_mb() - before
         flops = matrix_flops(look)
-        forward, arithmetic = [], []
+        forward, speed = [], []
         for _ in range(rounds):  # by turns, so that a slow moment hits both
             forward.append(seconds_of(look))
-            arithmetic.append(_arithmetic_seconds(mllm, size, flops))
+            speed.append(_largest_product(mllm, size))
     return {
         "load_s": max(first - median(forward), 0.0),
         "forward_s": median(forward),
-        "arithmetic_s": median(arithmetic),
         "peak_mb": peak,
+        "flops": flops,
+        "flops_per_s": median(speed),
     }
 
 
-def _arithmetic_seconds(mllm: "Mllm", size: "LlavaSize", flops: int) -> float:
-    """At the speed of the language model's largest product."""
-    loaded = mllm.loaded
-    tokens = (size.image // 14) ** 2
-    speed = flops_per_second(
-        tokens, size.hidden, size.intermediate, loaded.plan.compute_dtype, loaded.patcher.load_device
-    )
-    return flops / speed
+def _largest_product(mllm: "Mllm", size: "LlavaSize") -> float:
+    """Operations per second in the largest product of a language layer."""
+    plan, device = mllm.loaded.plan, mllm.loaded.patcher.load_device
+    return flops_per_second((size.image // 14) ** 2, size.hidden, size.intermediate, plan.compute_dtype, device)
 
 
-def _extrapolated(one: dict[str, dict[str, Any]], two: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _extrapolated(few: dict[str, dict[str, Any]], more: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     from random_weights import FULL_LLAVA
 
     def at_full(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
         if "refused" in first:
             return first
-        return {name: value + (FULL_LLAVA.layers - 1) * (second[name] - value) for name, value in first.items()}
+        layers = (FULL_LLAVA.layers - FEW) / (MORE - FEW)
+        grown = {name: value + layers * (second[name] - value) for name, value in first.items()}
+        return {**grown, "flops_per_s": max(first["flops_per_s"], second["flops_per_s"])}
 
-    return {precision: at_full(found, two[precision]) for precision, found in one.items()}
+    return {precision: at_full(found, more[precision]) for precision, found in few.items()}
 
 
 def _against_baseline(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -129,10 +130,9 @@ def _against_baseline(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     figures: dict[str, Any] = {
         figure: {BASELINE: base, **{name: ran[name][figure] / base for name in ran if name != BASELINE}}
         for figure, base in ran[BASELINE].items()
-        if figure != "arithmetic_s"
+        if not figure.startswith("flops")
     }
-    figures["arithmetic_s"] = {name: values["arithmetic_s"] for name, values in ran.items()}
-    figures["forward_over_arithmetic"] = {
-        name: values["forward_s"] / values["arithmetic_s"] for name, values in ran.items()
-    }
+    arithmetic = {name: values["flops"] / values["flops_per_s"] for name, values in ran.items()}
+    figures["arithmetic_s"] = arithmetic
+    figures["forward_over_arithmetic"] = {name: ran[name]["forward_s"] / arithmetic[name] for name in ran}
     return {**figures, "refused": refused} if refused else figures

@@ -32,8 +32,10 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small pictures, few repeats")
-    parser.add_argument("--only", help=f"some of the parts {', '.join(NAMES)}, separated by commas")
-    parser.add_argument("--out", type=Path, help="write the results to this file as JSON")
+    parser.add_argument(
+        "--only", help=f"some of {', '.join(NAMES)}, separated by commas; the others in --out's file stay"
+    )
+    parser.add_argument("--out", type=Path, help="write the results to this file as JSON; see --only")
     parser.add_argument(
         "--moma-repo",
         type=Path,
@@ -90,6 +92,17 @@ def run_inside(options: argparse.Namespace) -> dict[str, Any]:
     return {"machine": first["machine"], "plan": options.plan, **results}
 
 
+def write(path: Path, results: dict[str, Any]) -> None:
+    """The file gets these results; other parts in it stay if they come from the same machine, versions and plan."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    same = all(known.get(name) == results[name] for name in ("machine", "plan"))
+    merged = {**known, **results} if same else results
+    ordered = {name: merged[name] for name in ("machine", "plan", *NAMES) if name in merged}
+    path.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
+    print(f"Wrote {path}")
+
+
 def main() -> None:
     """Set up, then go on inside ComfyUI's Python."""
     options = parse_arguments()
@@ -107,9 +120,7 @@ def main() -> None:
     print(json.dumps(results["machine"], indent=1))
     print(text_table(rows(results)))
     if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        print(f"Wrote {options.out}")
+        write(options.out, results)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from measure import Opener, Step, sampling_run, summary, timed_rounds, with_steps
-from memory import MemoryMeter
+from memory import memory_of_steps
 from plan import Size
 from session import Session
 from workload import Scene, moma_model, prompts
@@ -53,21 +53,8 @@ def _group(session: Session, size: Size, batch: int, scenes: dict[str, Scene]) -
     def rounds(steps: dict[str, Step]) -> None:
         timed_rounds(steps, session.plan.warm_up)
         found.update(summary(timed_rounds(steps, count), "plain"))
-        found["memory"] = _memory(steps)
+        found["memory"] = memory_of_steps(steps)
 
     with torch.inference_mode():
         with_steps(openers, rounds)
     return found
-
-
-def _memory(steps: dict[str, Step]) -> dict[str, float]:
-    """`plain_mb`: how far memory rises during a step; the others as ratios."""
-    meter = MemoryMeter()
-    rises = {}
-    for name, step in steps.items():
-        meter.reset()
-        before = meter.now_mb()
-        step()
-        rises[name] = meter.peak_mb() - before
-    plain = rises.pop("plain")
-    return {"plain_mb": plain, **{name: rise / plain for name, rise in rises.items()}}

@@ -1,15 +1,15 @@
-"""The results as a table, and README's performance section made of them: `python3 benchmarks/table.py`."""
+"""The results as a table, and the tables of README and docs/performance.md: `python3 benchmarks/table.py`."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+README, DOCUMENT = ROOT / "README.md", ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks/table.py: begin -->", "<!-- benchmarks/table.py: end -->"
-IN_README = ("step", "run", "mllm", "memory", "leak")
+IN_README = ("step", "run", "memory", "leak")
 
 Results = dict[str, Any]
 
@@ -49,26 +49,26 @@ def text_table(found: list[Row]) -> str:
     )
 
 
-def markdown(results: Results) -> str:
-    """README's section for one results file: the machine, then a table."""
+def markdown(results: Results, parts: Container[str]) -> str:
+    """The section for one results file: the machine, then a table of some parts."""
     machine = results["machine"]
     device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     intro = (
         f"{device}; {machine['dtype']}, {machine['attention']} attention, torch {machine['torch']}, "
         f"ComfyUI {machine['comfyui']}."
     )
-    shown = [row for row in rows(results) if row.part in IN_README]
+    shown = [row for row in rows(results) if row.part in parts]
     lines = [_HEAD, Row(*["---"] * len(_HEAD)), *shown]
     return "\n".join([intro, "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-def section() -> str:
-    """What README holds between the marks: one table per results file."""
+def section(parts: Container[str]) -> str:
+    """What a document holds between the marks: one table per results file."""
     files = sorted(RESULTS.glob("*.json"))
-    return "\n\n".join(markdown(json.loads(path.read_text(encoding="utf-8"))) for path in files)
+    return "\n\n".join(markdown(json.loads(path.read_text(encoding="utf-8")), parts) for path in files)
 
 
-def with_section(text: str) -> str:
+def with_section(text: str, parts: Container[str]) -> str:
     """`text` with the section renewed.
 
     Raises:
@@ -78,7 +78,7 @@ def with_section(text: str) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"The text has no place for the table: lines {BEGIN} and {END}.")
-    return f"{before}{BEGIN}\n{section()}\n{END}{after}"
+    return f"{before}{BEGIN}\n{section(parts)}\n{END}{after}"
 
 
 def _ratio_rows(part: str, group: Results, baseline: str, names: dict[str, str], title: str) -> Iterator[Row]:
@@ -98,7 +98,12 @@ def _step(found: Results) -> Iterator[Row]:
         "released": "the released MoMA code",
         "released_plain": "diffusers without it",
     }
-    yield from _ratio_rows("step", found, "plain", names, f"{_pixels(found['latent'])}")
+    yield from _ratio_rows("step", found, "plain", names, _pixels(found["latent"]))
+    value = f"plain: {_mib(found['memory']['plain_mb'])}"
+    for name, label in names.items():
+        if name in found["memory"]:
+            what = f"{_pixels(found['latent'])}, {label}: memory of a step"
+            yield Row("step", what, value, _times(found["memory"][name]), "")
 
 
 def _run(found: Results) -> Iterator[Row]:
@@ -171,10 +176,14 @@ NAMES: dict[str, Callable[[Results], Iterator[Row]]] = {
 }
 """The parts in their order, and how each becomes rows."""
 
+DOCUMENTS: dict[Path, Container[str]] = {README: IN_README, DOCUMENT: NAMES}
+"""Where the tables are, and which parts each shows."""
+
 
 def main() -> None:
-    """Renew README's section."""
-    README.write_text(with_section(README.read_text(encoding="utf-8")), encoding="utf-8")
+    """Renew the sections."""
+    for path, parts in DOCUMENTS.items():
+        path.write_text(with_section(path.read_text(encoding="utf-8"), parts), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import uuid
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -77,12 +78,15 @@ def convert_adapter(source: Path, target: Path) -> AdapterWeights:
         raise ValueError(f"The target must end in .safetensors, got {target.name}.")
     raw = _read_safetensors(source) if source.suffix == ".safetensors" else _read_pickle(source)
     weights = _checked(raw, source)
-    partial = target.with_name(target.name + ".part")
-    save_file({k: v.contiguous() for k, v in raw.items()}, partial, metadata={"format": "moma_adapter", "version": "1"})
-    if _checked(_read_safetensors(partial), partial).identity != weights.identity:
-        partial.unlink()
-        raise ValueError(f"{target} did not read back as written; {source} is unchanged.")
-    partial.replace(target)
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.part")  # others may be converting it too
+    metadata = {"format": "moma_adapter", "version": "1"}
+    try:
+        save_file({key: value.contiguous() for key, value in raw.items()}, partial, metadata=metadata)
+        if _checked(_read_safetensors(partial), partial).identity != weights.identity:
+            raise ValueError(f"{target} did not read back as written; {source} is unchanged.")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
     return weights
 
 

@@ -3,7 +3,7 @@
 import errno
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -54,6 +54,12 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
             waiting()
     try:
         yield
-        Path(lock.lock_file).unlink(missing_ok=True)
+        remove_lock_file(lock)
     finally:
         lock.release()
+
+
+def remove_lock_file(lock: FileLock) -> None:
+    """Remove the file of a lock that is held. Windows does not let go of an open file: there it goes on release."""
+    with suppress(PermissionError):
+        Path(lock.lock_file).unlink(missing_ok=True)

@@ -91,6 +91,11 @@ def contact_sheet(rows: Sequence[Sequence[Image.Image]], columns: Sequence[str],
     return _tensor(np.asarray(sheet))
 
 
+def rgb(images: Tensor) -> Tensor:
+    """[N, H, W, 3] of pictures [N, H, W, C] that are grey (C up to 2) or coloured, with or without transparency."""
+    return images[..., :3] if images.shape[-1] >= 3 else images[..., :1].expand(*images.shape[:-1], 3)
+
+
 def picture(values: Tensor) -> Image.Image:
     """A picture of [H, W, 3] or a grey one of [H, W], in 0..1."""
     levels = (values.detach().to("cpu", torch.float32).clamp(0, 1) * 255).round().to(torch.uint8).numpy()

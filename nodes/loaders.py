@@ -71,7 +71,9 @@ class LoadMllm(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, precision: str, download: bool = False) -> str:
+    def fingerprint_inputs(cls, model_name: str | None, precision: str | None, download: bool | None = False) -> str:
+        if model_name is None:  # linked
+            return ""
         stats = [(path.name, path.stat()) for path in checkpoint_files(folders.mllm_path(model_name))]
         return repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
@@ -124,7 +126,9 @@ class LoadAdapter(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, adapter_name: str, download: bool = False) -> str:
+    def fingerprint_inputs(cls, adapter_name: str | None, download: bool | None = False) -> str:
+        if adapter_name is None:  # linked
+            return ""
         status = os.stat(folders.adapter_path(adapter_name))
         return f"{status.st_size}-{status.st_mtime_ns}"
 

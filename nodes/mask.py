@@ -55,7 +55,7 @@ class SubjectMask(io.ComfyNode):
         if run is None:
             raise ValueError(
                 "latent is not the result of a sampler that ran with this model. Connect the LATENT straight from the "
-                "sampler, and the MODEL that this sampler got."
+                "sampler (of SamplerCustomAdvanced: `output`, not `denoised_output`), and the MODEL that it got."
             )
         if subject is not None and subject.key not in run.masks:
             raise ValueError(f"subject {subject.word!r} is not one of the subjects of this model.")

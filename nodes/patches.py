@@ -159,6 +159,8 @@ class SelfAttnShortcut(io.ComfyNode):
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
+                    # The editor would choose another after each run, and each run would look at the reference again.
+                    control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="Seed of the slight noise that the reference picture gets. It hardly matters: keep it.",
                     advanced=True,
                 ),

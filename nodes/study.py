@@ -6,7 +6,7 @@ import torch
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import GraphBuilder
 
-from ..moma_modules.pictures import contact_sheet, picture
+from ..moma_modules.pictures import contact_sheet, picture, rgb
 from ..moma_modules.study import parse_study
 from .samplers import sampling_inputs
 from .types import CATEGORY, KEEPS_PREVIEW, SEARCH_ALIASES, MomaAdapter, MomaSubject
@@ -158,7 +158,7 @@ class ContactSheet(io.ComfyNode):
 
     @classmethod
     def execute(cls, images: dict[str, torch.Tensor], columns: str, rows: str) -> io.NodeOutput:
-        given = [images[name] for name in sorted(images, key=lambda name: int(name.removeprefix("image")))]
+        given = [rgb(images[name]) for name in sorted(images, key=lambda name: int(name.removeprefix("image")))]
         if len({tuple(image.shape[1:]) for image in given}) > 1:
             sizes = ", ".join(f"{image.shape[2]}x{image.shape[1]}" for image in given)
             raise ValueError(f"images have different sizes: {sizes}. Resize them to one size first.")

@@ -220,7 +220,9 @@ class LoadSubject(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, subject_name: str) -> bool | str:
+    def validate_inputs(cls, subject_name: str | None) -> bool | str:
+        if subject_name is None:  # linked, to be seen when it runs
+            return True
         try:
             folders.subject_path(subject_name)
         except FileNotFoundError as error:
@@ -228,7 +230,9 @@ class LoadSubject(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, subject_name: str) -> str:
+    def fingerprint_inputs(cls, subject_name: str | None) -> str:
+        if subject_name is None:  # linked
+            return ""
         status = os.stat(folders.subject_path(subject_name))
         return f"{status.st_size}-{status.st_mtime_ns}"
 

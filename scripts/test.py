@@ -1,7 +1,7 @@
 """The one test command: `python3 scripts/test.py` sets up what it needs, then lints, checks types and runs the tests.
 
-All tests run on the newest ComfyUI, all but the slow ones on the oldest that the pack supports. With `COMFYUI_PATH`
-set, all tests run on that ComfyUI alone.
+All tests run on the newest ComfyUI and, at the same time, all but the slow ones on the oldest that the pack supports.
+With `COMFYUI_PATH` set, all tests run on that ComfyUI alone.
 """
 
 import argparse
@@ -10,8 +10,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from chromium import chromium_path
@@ -61,14 +63,48 @@ def command(found: Environment | None, *words: str) -> Callable[[], bool]:
 
     def step() -> bool:
         if found is None:
-            print("Not run: its environment could not be set up, see above.", flush=True)
-            return False
-        print(f"$ COMFYUI_PATH={shlex.quote(str(found.comfyui))} {shlex.join([str(found.python), *words])}", flush=True)
-        variables = {**os.environ, "COMFYUI_PATH": str(found.comfyui)}
+            return _not_run()
+        _announce(found, words)
         # Every exit status but 0 is a failure, also pytest's 5, for no tests.
-        return subprocess.run([found.python, *words], cwd=ROOT, env=variables, check=False).returncode == 0
+        return subprocess.run([found.python, *words], cwd=ROOT, env=_variables(found), check=False).returncode == 0
 
     return step
+
+
+def started(found: Environment | None, *words: str, cores: int, log: Path | None) -> Callable[[], bool]:
+    """As `command`, but it starts at once; the step waits for its end.
+
+    Args:
+        cores: How many of them PyTorch may use.
+        log: Takes the output, which the step shows; where None it is shown as it comes.
+    """
+    if found is None:
+        return _not_run
+    variables = {**_variables(found), "OMP_NUM_THREADS": str(cores)}
+    output = log.open("wb") if log else None
+    process = subprocess.Popen([found.python, *words], cwd=ROOT, env=variables, stdout=output, stderr=output)
+
+    def step() -> bool:
+        _announce(found, words)
+        succeeded = process.wait() == 0
+        if log:
+            print(log.read_text(encoding="utf-8", errors="replace"), flush=True)
+        return succeeded
+
+    return step
+
+
+def _not_run() -> bool:
+    print("Not run: its environment could not be set up, see above.", flush=True)
+    return False
+
+
+def _announce(found: Environment, words: tuple[str, ...]) -> None:
+    print(f"$ COMFYUI_PATH={shlex.quote(str(found.comfyui))} {shlex.join([str(found.python), *words])}", flush=True)
+
+
+def _variables(found: Environment) -> dict[str, str]:
+    return {**os.environ, "COMFYUI_PATH": str(found.comfyui)}
 
 
 def set_up(steps: Steps, target: Target) -> Environment | None:
@@ -118,11 +154,23 @@ def run_all(chosen: list[Target], pytest_arguments: list[str]) -> bool:
     steps.run("ruff format", command(linting, "-m", "ruff", "format", "--check"))
     steps.run("ruff check", command(linting, "-m", "ruff", "check"))
     steps.run("mypy", command(linting, "-m", "mypy"))
-    for target, found in zip(chosen, environments, strict=True):
-        selection = [] if target.slow else ["-m", "not slow"]
-        name = f"pytest on {target.name}" + ("" if target.slow else ", without the slow tests")
-        steps.run(name, command(found, "-m", "pytest", *selection, *pytest_arguments))
+    with tempfile.TemporaryDirectory() as folder:
+        run_tests(steps, list(zip(chosen, environments, strict=True)), pytest_arguments, Path(folder))
     return steps.summary()
+
+
+def run_tests(
+    steps: Steps, pairs: list[tuple[Target, Environment | None]], pytest_arguments: list[str], logs: Path
+) -> None:
+    """Run pytest on all targets at the same time, each with its share of the cores; show one after another."""
+    cores = max((os.cpu_count() or 1) // len(pairs), 1)
+    runs = []
+    for number, (target, found) in enumerate(pairs):
+        words = ["-m", "pytest", *([] if target.slow else ["-m", "not slow"]), *pytest_arguments]
+        log = logs / f"{number}.log" if number else None
+        runs.append((target, started(found, *words, cores=cores, log=log)))
+    for target, step in runs:
+        steps.run(f"pytest on {target.name}" + ("" if target.slow else ", without the slow tests"), step)
 
 
 def parse_arguments(words: list[str]) -> tuple[list[Target], list[str]]:

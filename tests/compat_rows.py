@@ -28,6 +28,12 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
     "Weights": (
         Row("LoRA before or after", WORKS, "Same picture to the bit.", "compat_weights::test_lora_before_or_after"),
         Row(
+            "LoraLoaderBypass",
+            WORKS,
+            "In the reference pass too.",
+            "compat_weights::test_a_lora_in_bypass_mode_is_a_lora",
+        ),
+        Row(
             "LoRA hook on conditionings",
             WORKS,
             "The image tokens follow it.",
@@ -77,8 +83,20 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
         Row(
             "IPAdapter_plus before or after",
             WORKS,
-            "Its slot protocol (set, or `add` where the slot is taken) replayed; its own code was not run.",
+            "Weights, ranges, masks, several; its own nodes, run where the tests can fetch them.",
+            "compat_ipadapter::test_both_orders_give_the_same_picture",
+        ),
+        Row(
+            "Packs that share a slot as IPAdapter_plus does",
+            WORKS,
+            "Set, or `add` where the slot is taken.",
             "compat_attention::test_ipadapter_before_and_after",
+        ),
+        Row(
+            "Attention replacements with weights of their own",
+            WORKS,
+            "ComfyUI still moves and loads them.",
+            "chaining::test_comfyui_reaches_what_sat_in_the_slot",
         ),
         Row(
             "Packs that take a slot without `add`",
@@ -124,6 +142,12 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             "compat_sampling::test_differential_diffusion_in_either_order",
         ),
         Row("SD1.5 inpaint checkpoint", WORKS, "9 channels.", "compat_sampling::test_inpaint_checkpoint"),
+        Row(
+            "InstructPix2Pix, IC-Light",
+            WORKS,
+            "Their channels replayed: 4 or 8 beside the latent; the reference pass shows the reference in them.",
+            "compat_sampling::test_models_that_are_shown_pictures_beside_the_latent",
+        ),
         Row(
             "KSampler (Advanced) in parts",
             PARTLY,
@@ -219,6 +243,12 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             "Its slicing replayed on this UNet; its own code was not run.",
             "compat_batches::test_animatediff_sub_batches",
         ),
+        Row(
+            "Motion modules injected into the UNet",
+            WORKS,
+            "The reference pass goes without them.",
+            "compat_batches::test_the_reference_pass_goes_without_motion_modules",
+        ),
     ),
     "Speed-ups": (
         Row(
@@ -254,6 +284,20 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             "Runs uncompiled: the picture is right, the speed-up is lost.",
             "compat_attention::test_compilation_is_left_out_with_a_warning",
             "MoMA: this run goes without TorchCompileModel",
+        ),
+        Row(
+            "TiledDiffusion",
+            REFUSED,
+            "Before sampling.",
+            "compat_attention::test_tiles_are_refused",
+            "TiledDiffusion on this model cuts the picture into tiles",
+        ),
+        Row(
+            "Other nodes that cut the picture into tiles",
+            REFUSED,
+            "In the first step.",
+            "compat_attention::test_tiles_are_refused",
+            "another node changed the model's input",
         ),
         Row(
             "MultiGPU work units",

@@ -1,5 +1,6 @@
 """The benchmark runs in all its parts on the tiny UNet, and its table reads the results. Times are not judged."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,22 @@ def test_scaling_has_time_and_memory_of_every_group(results: dict[str, Any]) -> 
     assert {"mask 100 %", "2 references", "2 subjects"} <= set(results["scaling"]["64x64, scenes"])
 
 
+def test_a_step_says_what_memory_it_needs_and_how_large_the_subject_was(results: dict[str, Any]) -> None:
+    assert set(results["step"]["memory"]) == {"plain_mb", "apply", "shortcut", "both", "ipadapter"}
+    assert 0.0 < results["step"]["subject_share"] <= 1.0
+
+
+def test_parts_of_the_same_machine_stay_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "cpu.json"
+    benchmark.write(path, {"machine": {"cpu": "A"}, "plan": "full", "leak": {"runs": 1}, "run": {"steps": 2}})
+    benchmark.write(path, {"machine": {"cpu": "A"}, "plan": "full", "run": {"steps": 3}, "step": {"rounds": 4}})
+    found = json.loads(path.read_text())
+    assert found["leak"] == {"runs": 1} and found["run"] == {"steps": 3}
+    assert list(found) == ["machine", "plan", "step", "run", "leak"]
+    benchmark.write(path, {"machine": {"cpu": "B"}, "plan": "full", "run": {"steps": 5}})
+    assert set(json.loads(path.read_text())) == {"machine", "plan", "run"}
+
+
 def test_the_language_model_is_measured_in_each_precision(results: dict[str, Any]) -> None:
     small = results["mllm"]["small"]
     assert all(set(small[figure]) == {"fp32", "bf16"} for figure in ("load_s", "forward_s", "peak_mb"))
@@ -74,21 +91,21 @@ def test_the_products_of_a_computation_are_counted() -> None:
 
 def test_a_cpu_measures_full_size_only_in_fp32_and_what_auto_takes() -> None:
     cases = mllm_part.processes(["bf16", "fp8", "fp32"], "bf16", full=True, cuda=False)
-    assert cases[1:] == [["bf16 1 layers"], ["fp32 1 layers"], ["bf16 2 layers"], ["fp32 2 layers"]]
+    assert cases[1:] == [["bf16 1 layers"], ["fp32 1 layers"], ["bf16 5 layers"], ["fp32 5 layers"]]
 
 
-def test_two_layers_are_extrapolated_to_all() -> None:
+def test_a_few_layers_are_extrapolated_to_all() -> None:
     measured = {
-        "fp32 1 layers": {"load_s": 2.0, "forward_s": 3.0, "arithmetic_s": 2.0, "peak_mb": 500.0},
-        "fp32 2 layers": {"load_s": 3.0, "forward_s": 5.0, "arithmetic_s": 3.0, "peak_mb": 700.0},
+        "fp32 1 layers": {"load_s": 2.0, "forward_s": 3.0, "peak_mb": 500.0, "flops": 100, "flops_per_s": 50.0},
+        "fp32 5 layers": {"load_s": 3.0, "forward_s": 5.0, "peak_mb": 700.0, "flops": 180, "flops_per_s": 40.0},
         "fp8 1 layers": {"refused": "needs a GPU"},
-        "fp8 2 layers": {"refused": "needs a GPU"},
+        "fp8 5 layers": {"refused": "needs a GPU"},
     }
     found = PARTS["mllm"].result(measured)["extrapolated full"]
-    assert found["forward_s"] == {"fp32": 3.0 + 31 * 2.0}
-    assert found["peak_mb"] == {"fp32": 500.0 + 31 * 200.0}
-    assert found["arithmetic_s"] == {"fp32": 2.0 + 31 * 1.0}
-    assert found["forward_over_arithmetic"] == {"fp32": 65.0 / 33.0}
+    assert found["forward_s"] == {"fp32": 3.0 + 31 / 4 * 2.0}
+    assert found["peak_mb"] == {"fp32": 500.0 + 31 / 4 * 200.0}
+    assert found["arithmetic_s"] == {"fp32": (100 + 31 / 4 * 80) / 50.0}
+    assert found["forward_over_arithmetic"] == {"fp32": 18.5 / 14.4}
     assert found["refused"] == {"fp8": "needs a GPU"}
 
 
@@ -105,14 +122,15 @@ def test_every_part_becomes_rows(results: dict[str, Any]) -> None:
     assert all(len(line) <= 160 for line in table.text_table(found).splitlines())
 
 
-def test_readme_has_the_table_of_the_results_files() -> None:
-    text = table.README.read_text(encoding="utf-8")
-    assert table.with_section(text) == text, "run `python3 benchmarks/table.py`"
+@pytest.mark.parametrize("path", list(table.DOCUMENTS), ids=lambda path: path.name)
+def test_the_documents_have_the_tables_of_the_results_files(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert table.with_section(text, table.DOCUMENTS[path]) == text, "run `python3 benchmarks/table.py`"
 
 
 def test_a_readme_without_a_place_for_the_table_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no place for the table: lines <!-- benchmarks/table\.py: begin -->"):
-        table.with_section("# Title\n")
+        table.with_section("# Title\n", table.NAMES)
 
 
 def test_ratios_are_taken_within_each_round() -> None:

@@ -80,3 +80,46 @@ def test_added_callbacks_keep_to_their_noise_range(model: Any, adapter: Any, sub
     steps: list[float] = []
     run(clone, subject, steps=6, callback=lambda *_: steps.append(len(called)))
     assert steps[0] == 0 and 0 < steps[-1] < 6
+
+
+class Owner:
+    """A replacement with weights of its own, which ComfyUI must move, load and let go of."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.patcher = tiny_model()
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any]
+    ) -> torch.Tensor:
+        self.calls.append("attention")
+        return halved(q, k, v, extra_options)
+
+    def to(self, device_or_dtype: Any) -> "Owner":
+        self.calls.append("to")
+        return self
+
+    def models(self) -> list[Any]:
+        return [self.patcher]
+
+    def cleanup(self) -> None:
+        self.calls.append("cleanup")
+
+
+@pytest.mark.parametrize("slot", ["attn1", "attn2"])
+def test_comfyui_reaches_what_sat_in_the_slot(model: Any, adapter: Any, subject: Any, slot: str) -> None:
+    owner = Owner()
+    other = model.clone()
+    getattr(other, f"set_model_{slot}_replace")(owner, "input", 1)
+    patched = moma(other, adapter, subject, shortcut=tiny_shortcut())
+    assert owner.patcher in patched.model_patches_models()
+    run(patched, subject)
+    assert {"to", "attention"} <= set(owner.calls) and owner.calls[-1] == "cleanup"
+
+
+def test_self_attention_is_left_to_others_where_there_is_no_shortcut(model: Any, adapter: Any, subject: Any) -> None:
+    """Some packs take only slots that are free."""
+    replaced = moma(model, adapter, subject).model_options["transformer_options"]["patches_replace"]
+    assert "attn1" not in replaced and len(replaced["attn2"]) == 16
+    with_shortcut = moma(model, adapter, subject, shortcut=tiny_shortcut())
+    assert len(with_shortcut.model_options["transformer_options"]["patches_replace"]["attn1"]) == 16

@@ -149,6 +149,32 @@ def test_rearranged_tokens_are_refused_before_sampling(
     assert run(model, subject).isfinite().all()
 
 
+class AbstractDiffusion:
+    """As the pack TiledDiffusion: its wrappers derive from a class of this name, and call the model tile by tile."""
+
+    def __call__(self, apply_model: Any, args: dict[str, Any]) -> torch.Tensor:
+        x, c = args["input"], args["c"]
+        tiles = [x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]]
+        return torch.cat([apply_model(tile, args["timestep"], **c) for tile in tiles], dim=-1)
+
+
+class MultiDiffusion(AbstractDiffusion):
+    """One of them."""
+
+
+def test_tiles_are_refused(model: Any, adapter: Any, subject: Any) -> None:
+    """By name where it is known, and in the first step where another wrapper cuts the picture; the model stays good."""
+    patched = moma(model, adapter, subject, shortcut=tiny_shortcut())
+    expected = run(patched, subject)
+    unknown = AbstractDiffusion().__call__
+    for wrapper, words in ((MultiDiffusion(), "TiledDiffusion on this model"), (unknown, "another node changed")):
+        tiled = patched.clone()
+        tiled.set_model_unet_function_wrapper(wrapper)
+        with pytest.raises(ValueError, match=f"^MoMA: {words}"):
+            run(tiled, subject)
+        assert torch.equal(run(patched, subject), expected)
+
+
 @pytest.mark.parametrize("node", ["HyperTile", "Token Merging (TomePatchModel)"])
 def test_rearranged_tokens_work_with_the_image_tokens_alone(model: Any, adapter: Any, subject: Any, node: str) -> None:
     """Cross-attention sees every place as before: the mask tells places apart; zero weight is the node's picture."""

@@ -6,7 +6,7 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import PatcherInjection, WrappersMP
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfyui_moma.moma_modules.comfy_bridge.patching import patched, settings_of
 from comfyui_moma.moma_modules.comfy_bridge.settings import ImageTokens, Window
@@ -122,6 +122,39 @@ def test_animatediff_sub_batches(full: Any, subject: Any) -> None:
     assert sorted({max(part) for part in frames}) == [3, 5]
     assert close(ours, expected)
     assert close(masks_of(windows, ours)[subject.key], masks_of(full, expected)[subject.key])
+
+
+class MotionModule(torch.nn.Module):
+    """Looks across all frames, as AnimateDiff-Evolved's modules do, and fails on another number of them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0.1 * x.unflatten(0, (-1, FRAMES)).mean(dim=1, keepdim=True).expand(-1, FRAMES, -1, -1, -1).flatten(
+            0, 1
+        )
+
+
+def injected(model: Any) -> Any:
+    """A motion module at the end of a block, put in for sampling."""
+    block = model.model.diffusion_model.input_blocks[1]
+    module = MotionModule()
+    clone = model.clone()
+    injection = PatcherInjection(lambda _: block.append(module), lambda _: block.__delitem__(-1))
+    clone.set_injections("AnimateDiff", [injection])
+    return clone
+
+
+def test_the_reference_pass_goes_without_motion_modules(model: Any, full: Any, subject: Any) -> None:
+    """With MoMA at zero the animation is the plain one; on, the reference is what it is without the modules."""
+    moving = injected(model)
+    before = len(model.model.diffusion_model.input_blocks[1])
+    off = moma(moving, tiny_adapter(), subject, weight=0.0, shortcut=tiny_shortcut(strength=0.0))
+    plain = run(moving, subject, batch=FRAMES)
+    assert torch.equal(run(off, subject, batch=FRAMES), plain)
+    ours = run(injected(full), subject, batch=FRAMES)
+    assert not close(ours, plain, 1e-2) and not close(ours, run(full, subject, batch=FRAMES), 1e-2)
+    fresh = run(moma(moving, tiny_adapter(), subject, shortcut=tiny_shortcut()), subject, batch=FRAMES)
+    assert torch.equal(fresh, ours), "a kept reference pass must be the one that a fresh adapter gets"
+    assert len(model.model.diffusion_model.input_blocks[1]) == before
 
 
 def test_latent_batch_index(full: Any, subject: Any) -> None:

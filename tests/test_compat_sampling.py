@@ -6,6 +6,7 @@ from typing import Any
 import comfy.taesd.taesd
 import pytest
 import torch
+from comfy.conds import CONDNoiseShape
 from comfy.sd import VAE
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
@@ -100,6 +101,23 @@ def test_inpaint_checkpoint(adapter: Any, subject: Any) -> None:
     off = moma(wide, adapter, subject, weight=0.0, shortcut=tiny_shortcut(strength=0.0))
     plain, ours = (sample(candidate, *prompts, steps=2) for candidate in (wide, on))
     assert torch.equal(sample(off, *prompts, steps=2), plain)
+    assert not close(ours, plain, 1e-2) and float(masks_of(on, ours)[subject.key].std()) > 0.05
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_models_that_are_shown_pictures_beside_the_latent(adapter: Any, subject: Any, pictures: int) -> None:
+    """InstructPix2Pix has one, IC-Light up to two: MoMA at zero is the plain picture, on it is another one."""
+    wide = tiny_model(in_channels=4 + 4 * pictures)
+    shown = seeded(92, "shown", (1, 4 * pictures, 8, 8))
+
+    def extra_conds(**kwargs: Any) -> dict[str, Any]:
+        return {**type(wide.model).extra_conds(wide.model, **kwargs), "c_concat": CONDNoiseShape(shown)}
+
+    wide.add_object_patch("extra_conds", extra_conds)
+    on = moma(wide, adapter, subject, shortcut=tiny_shortcut())
+    off = moma(wide, adapter, subject, weight=0.0, shortcut=tiny_shortcut(strength=0.0))
+    plain, ours = run(wide, subject), run(on, subject)
+    assert torch.equal(run(off, subject), plain)
     assert not close(ours, plain, 1e-2) and float(masks_of(on, ours)[subject.key].std()) > 0.05
 
 

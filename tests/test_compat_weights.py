@@ -60,6 +60,21 @@ def test_lora_before_or_after(model: Any, adapter: Any, subject: Any) -> None:
         assert not close(before, run(other, subject), 1e-2)
 
 
+def bypassed(model: Any, strength: float = 1.0) -> Any:
+    """LoraLoaderBypass: the LoRA beside the weights."""
+    return comfy.sd.load_bypass_lora_for_models(model, None, lora_file(), strength, 0.0)[0]
+
+
+def test_a_lora_in_bypass_mode_is_a_lora(model: Any, adapter: Any, subject: Any) -> None:
+    """In the reference pass too, which is made again for another strength."""
+    for strength in (1.0, 0.5):
+        lora = comfy.sd.load_lora_for_models(model, None, lora_file(), strength, 0.0)[0]
+        expected = run(full(lora, tiny_adapter(), subject), subject)
+        assert close(run(full(bypassed(model, strength), adapter, subject), subject), expected)
+        assert close(run(bypassed(full(model, adapter, subject), strength), subject), expected)
+    assert not close(run(full(model, adapter, subject), subject), expected, 1e-2)
+
+
 def hooked(conditioning: list) -> list:
     hooks = comfy.hooks.create_hook_lora(lora_file(), 1.0, 0.0)
     return SetModelHooksOnCond().attach_hook(conditioning, hooks)[0]

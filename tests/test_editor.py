@@ -92,6 +92,21 @@ def test_a_help_page_opens_with_its_picture(server: ComfyServer, browser: Any) -
         assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 200
 
 
+def test_a_shortcut_added_by_hand_keeps_its_seed(editor: Editor) -> None:
+    editor.load(workflow("new_context"), "seed")
+    found = editor.page.evaluate(
+        """() => {
+            const node = LiteGraph.createNode('MoMASelfAttnShortcut')
+            app.graph.add(node)
+            const before = node.widgets.find(widget => widget.name === 'seed').value
+            const control = node.widgets.find(widget => widget.name === 'control_after_generate')
+            control.afterQueued?.()
+            return [control.value, node.widgets.find(widget => widget.name === 'seed').value === before]
+        }"""
+    )
+    assert found == ["fixed", True]
+
+
 @pytest.mark.parametrize("locale", ["zh", "ja", "ko"])
 def test_the_editor_speaks_the_users_language(server: ComfyServer, browser: Any, locale: str) -> None:
     server.post("/settings", {**SETTINGS, "Comfy.Locale": locale})
@@ -106,6 +121,11 @@ def test_the_editor_speaks_the_users_language(server: ComfyServer, browser: Any,
             texts = json.loads((ROOT / "locales" / locale / "nodeDefs.json").read_text(encoding="utf-8"))
             assert names[0] == texts["MoMAExtractSubject"]["display_name"]
             assert {text["name"] for text in texts["MoMAExtractSubject"]["inputs"].values()} <= set(names)
+            editor.load(workflow("new_context"), "help")
+            editor.open_help("MoMASelfAttnShortcut")
+            page = (ROOT / "web" / "docs" / "MoMASelfAttnShortcut" / f"{locale}.md").read_text(encoding="utf-8")
+            sentence = page.split("\n\n")[1].replace("\n", " ")[:12]
+            editor.page.get_by_text(sentence).first.wait_for(timeout=20_000)
     finally:
         server.post("/settings", SETTINGS)
 

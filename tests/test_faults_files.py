@@ -22,7 +22,7 @@ from comfyui_moma.moma_modules.adapter_file import convert_adapter, read_adapter
 from comfyui_moma.moma_modules.comfy_bridge import folders
 from comfyui_moma.moma_modules.comfy_bridge.saving import check_prefix, save_numbered
 from comfyui_moma.moma_modules.subject import FORMAT, load_subject, save_subject
-from comfyui_moma.nodes.loaders import LoadAdapter
+from comfyui_moma.nodes.loaders import LoadAdapter, LoadMllm
 from comfyui_moma.nodes.patches import ApplyAdapter
 from comfyui_moma.nodes.subject import LoadSubject, SaveSubject
 from safetensors.torch import save_file
@@ -281,6 +281,20 @@ def test_names_never_lead_out_of_the_model_folders(roots: Path, name: str) -> No
             node.execute(**{argument: name})
         with pytest.raises(FileNotFoundError):
             node.fingerprint_inputs(**{argument: name})
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs"),
+    [
+        (LoadAdapter, {"adapter_name": None, "download": False}),
+        (LoadMllm, {"model_name": None, "precision": "auto", "download": False}),
+        (LoadSubject, {"subject_name": None}),
+    ],
+)
+def test_a_name_from_another_node_is_seen_when_the_node_runs(node: Any, inputs: dict[str, Any]) -> None:
+    """Before, ComfyUI asks with None in its place."""
+    asked = {key: value for key, value in inputs.items() if key != "precision"}
+    assert node.validate_inputs(**asked) is True and node.fingerprint_inputs(**inputs) == ""
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from bootstrap import ROOT
 from comfyui_moma.moma_modules.adapter import load_adapter
 from comfyui_moma.moma_modules.adapter_file import convert_adapter, is_adapter_safetensors, read_adapter
+from comfyui_moma.moma_modules.files import locked
 from comfyui_moma.moma_modules.subject import load_subject, save_subject
 from comfyui_moma.nodes.subject import SaveSubject
 from safetensors import safe_open
@@ -45,6 +47,29 @@ def test_the_converted_adapter_is_the_same(adapter_path: Path) -> None:
     assert old.tensors.keys() == new.tensors.keys()
     assert all(torch.equal(old.tensors[key], new.tensors[key]) for key in old.tensors)
     assert {tensor.dtype for tensor in new.tensors.values()} == {torch.float16}
+
+
+def test_several_conversions_at_once_end_with_one_good_file(adapter_path: Path) -> None:
+    target = adapter_path.with_suffix(".safetensors")
+    with ThreadPoolExecutor(4) as pool:
+        identities = {done.identity for done in pool.map(lambda _: convert_adapter(adapter_path, target), range(8))}
+    assert identities == {read_adapter(target).identity}
+    assert {path.name for path in adapter_path.parent.iterdir()} == {adapter_path.name, target.name}
+
+
+def test_a_lock_ends_well_where_open_files_cannot_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows; the next one gets the lock."""
+    unlink = Path.unlink
+
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".lock":
+            raise PermissionError(13, "in use", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    for _ in range(2):
+        with locked(tmp_path / "weights", waiting=lambda: pytest.fail("the lock was not given back")):
+            (tmp_path / "weights").touch()
 
 
 def test_the_converter_refuses_another_suffix(adapter_path: Path) -> None:

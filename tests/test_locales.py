@@ -70,3 +70,22 @@ def test_every_help_page_shows_its_node_and_names_its_settings(server: ComfyServ
             assert Image.open(ROOT / "web" / "docs" / picture).width > 200
         assert f"(images/{name}.png)" in page
         assert "|---" not in page, "the help panel is too narrow for tables"
+
+
+@pytest.mark.parametrize("locale", LOCALES)
+def test_every_help_page_is_translated_in_full(server: ComfyServer, nodes: dict[str, Any], locale: str) -> None:
+    names = json.loads(server.get("/i18n"))[locale]["nodeDefs"]
+    for name in nodes:
+        english, page = (
+            server.get(f"/extensions/ComfyUI-MoMA/docs/{path}.md").decode() for path in (name, f"{name}/{locale}")
+        )
+        assert page.startswith(f"# {names[name]['display_name']}\n"), name
+        blocks = re.compile(r"```.*?```", re.DOTALL)
+        assert blocks.findall(page) == blocks.findall(english), name
+        english, page = (blocks.sub("", text) for text in (english, page))
+        for what in (r"`[^`]+`", r"\(images/.*?\)", r"(?m)^- ", r"https?://[^)\s]+"):
+            assert sorted(set(re.findall(what, page))) == sorted(set(re.findall(what, english))), (name, what)
+        assert len(re.findall(r"(?m)^- ", page)) == len(re.findall(r"(?m)^- ", english)), name
+        for line in page.splitlines():
+            if re.match(r"- |#|\w", line):
+                assert re.search(r"[^\x00-\x7f]", line) or "`" in line, f"{name}: not translated: {line}"

@@ -90,6 +90,21 @@ def test_a_study_that_makes_no_sense_is_refused(strengths: str, weights: str, me
     assert message in str(refusal.value)
 
 
+def test_a_sheet_takes_grey_and_transparent_pictures() -> None:
+    from comfyui_moma.nodes.study import ContactSheet
+
+    red = torch.tensor([1.0, 0.0, 0.0]).expand(1, 8, 8, 3)
+    images = {
+        "image0": torch.cat([red, torch.ones(1, 8, 8, 1)], dim=3),
+        "image1": torch.full((1, 8, 8, 1), 0.2),
+        "image2": red,
+    }
+    sheet, batch = ContactSheet.execute(images, "a, b, c", "").args[:2]
+    assert torch.equal(batch[0], red[0]) and torch.equal(batch[2], red[0])
+    assert torch.equal(batch[1], torch.full((8, 8, 3), 0.2))
+    assert (sheet == torch.tensor([1.0, 0.0, 0.0])).all(dim=3).sum() == 2 * 64
+
+
 def test_a_sheet_that_does_not_fill_is_refused() -> None:
     from comfyui_moma.nodes.study import ContactSheet
 

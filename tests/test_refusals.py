@@ -130,7 +130,10 @@ def test_the_mask_node_needs_the_model_and_latent_of_a_run(
     with pytest.raises(ValueError, match="^model has no MoMA on it: connect the MODEL"):
         SubjectMask.execute(model, {"samples": torch.zeros(1, 4, 8, 8)})
     patched = moma(model, adapter, subject)
-    with pytest.raises(ValueError, match="^latent is not the result of a sampler that ran with this model"):
+    with pytest.raises(
+        ValueError,
+        match="^latent is not the result of a sampler that ran with this model.*`output`, not `denoised_output`",
+    ):
         SubjectMask.execute(patched, {"samples": torch.zeros(1, 4, 8, 8)})
     samples = sample(patched, positive(subject), negative())
     with pytest.raises(ValueError, match="^subject 'dog' is not one of the subjects of this model"):

@@ -18,7 +18,7 @@ class AttentionPatch:
     `add` is the protocol by which the IPAdapter family shares a cross-attention slot.
     """
 
-    def __init__(self, block: int, previous: Callable[..., Tensor] | None = None) -> None:
+    def __init__(self, block: int, previous: Any = None) -> None:
         self.block = block
         self.previous = previous
         self.added: list[tuple[Callable[..., Tensor], dict[str, Any]]] = []
@@ -55,8 +55,19 @@ class AttentionPatch:
         return other
 
     def to(self, device_or_dtype: Any) -> "AttentionPatch":
-        """ComfyUI moves patches before sampling; there is nothing here to move."""
+        """ComfyUI moves patches before sampling; here only what was in the slot before may need it."""
+        if hasattr(self.previous, "to"):
+            self.previous = self.previous.to(device_or_dtype)
         return self
+
+    def models(self) -> list[Any]:
+        """Models that ComfyUI must load for what was in the slot before."""
+        return self.previous.models() if hasattr(self.previous, "models") else []
+
+    def cleanup(self) -> None:
+        """ComfyUI calls this after sampling."""
+        if hasattr(self.previous, "cleanup"):
+            self.previous.cleanup()
 
 
 class SelfAttentionPatch(AttentionPatch):

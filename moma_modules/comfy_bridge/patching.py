@@ -37,7 +37,7 @@ def patched(model: Any, settings: Settings) -> Any:
         clone.add_wrapper_with_key(kind, KEY, wrapper)
     clone.remove_callbacks_with_key(CallbacksMP.ON_CLONE, KEY)
     clone.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, _own_patches)
-    fill_slots(clone.model_options["transformer_options"])
+    fill_slots(clone.model_options["transformer_options"], settings.has_shortcut)
     return clone
 
 

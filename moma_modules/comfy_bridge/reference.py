@@ -1,5 +1,7 @@
 """The reference pass: one forward over each reference picture gives keys and values for every self-attention layer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
@@ -17,38 +19,69 @@ CUT_TEXT_TOKENS = 4
 """The released code drops the last 4 text embeddings in this pass, and the weights were trained with that."""
 
 
+_BYPASS_LORA = "bypass_lora"
+"""Under this key ComfyUI injects a LoRA that leaves the weights alone: it is part of the model all the same."""
+
+
 def reference_keys_values(
-    patcher: Any, model: Any, entry: SubjectSettings, shortcut: Shortcut, options: dict[str, Any], device: torch.device
+    guider: Any, entry: SubjectSettings, shortcut: Shortcut, options: dict[str, Any], device: torch.device
 ) -> KeysValues:
     """What every self-attention layer sees of the references: computed now, or kept from an earlier run.
 
     Args:
-        patcher: The run's MODEL, which `model` is loaded by.
-        model: The run's BaseModel, loaded.
+        guider: The run's, with its model loaded and its prompts processed.
         options: The run's transformer options; only the choice of attention function is taken from them.
 
     Returns:
         Blocks where no reference token lies on the subject are absent: these get no shortcut.
     """
+    patcher, model = guider.model_patcher, guider.inner_model
     dtype = model.get_dtype_inference()
+    extra = _extra_channels(guider.conds)
     key = ReferenceKey(
         content=content_hash((shortcut.latent, shortcut.noise, shortcut.text, entry.subject.masks)),
         weights=patcher.patches_uuid,
         sigma=float(model.model_sampling.sigmas[0]),
         dtype=dtype,
+        extra_channels=extra,
     )
     attention = options.get("optimized_attention_override")
-    parts = (attention, *(patcher.object_patches[name] for name in sorted(patcher.object_patches)))
+    parts = (
+        attention,
+        *(patcher.object_patches[name] for name in sorted(patcher.object_patches)),
+        *patcher.injections.get(_BYPASS_LORA, ()),
+    )
     cache = entry.adapter.reference_cache
     found = cache.find(key, model, parts, device)
     if found is None:
-        found = _run_references(model, entry, shortcut, attention, device, dtype)
+        with _without_injections(patcher):
+            found = _run_references(model, entry, shortcut, attention, extra, device, dtype)
         cache.keep(key, model, parts, found)
     return found
 
 
+@contextmanager
+def _without_injections(patcher: Any) -> Iterator[None]:
+    """Take motion modules and the like out of the UNet: they expect the frames and the options of the run."""
+    others = [item for key, group in patcher.injections.items() if key != _BYPASS_LORA for item in group]
+    injected = others if patcher.is_injected else []
+    for item in injected:
+        item.eject(patcher)
+    try:
+        yield
+    finally:
+        for item in injected:
+            item.inject(patcher)
+
+
 def _run_references(
-    model: Any, entry: SubjectSettings, shortcut: Shortcut, attention: Any, device: torch.device, dtype: torch.dtype
+    model: Any,
+    entry: SubjectSettings,
+    shortcut: Shortcut,
+    attention: Any,
+    extra_channels: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> KeysValues:
     """Run the plain UNet once over each reference at timestep 0, with the weights the run has (LoRA included)."""
     sigma = model.model_sampling.sigmas[:1].to(device, torch.float32)
@@ -70,7 +103,7 @@ def _run_references(
         model.apply_model(
             latent + sigma * noise,
             sigma,
-            c_concat=_inpaint_channels(model, latent),
+            c_concat=_filled_channels(latent, extra_channels),
             c_crossattn=text,
             transformer_options=run_options,
         )
@@ -88,12 +121,22 @@ def _joined(collected: list[KeysValues]) -> KeysValues:
     }
 
 
-def _inpaint_channels(model: Any, latent: Tensor) -> Tensor | None:
-    """Inpaint checkpoints want a mask and a picture too: nothing is to be filled in, and the picture is there."""
-    extra = model.diffusion_model.in_channels - latent.shape[1]
-    if extra <= 0:
+def _extra_channels(conds: dict[str, list[dict[str, Any]]]) -> int:
+    """How many channels the run's prompts bring for the model's input, beside those of the latent."""
+    everything = (cond["model_conds"].get("c_concat") for part in conds.values() for cond in part or ())
+    return max((concat.cond.shape[1] for concat in everything if concat is not None), default=0)
+
+
+def _filled_channels(latent: Tensor, extra: int) -> Tensor | None:
+    """What a model that is shown pictures beside the latent is shown here: the reference [1, extra, h, w].
+
+    Inpaint checkpoints want a mask first, in which nothing is to be filled in.
+    """
+    if extra == 0:
         return None
-    return torch.cat([torch.zeros_like(latent[:, :1]), latent], dim=1)[:, :extra]
+    channels = latent.shape[1]
+    mask = torch.zeros_like(latent[:, : extra % channels])
+    return torch.cat([mask, *[latent] * (extra // channels)], dim=1)
 
 
 class _Collector:

@@ -3,7 +3,7 @@
 import hashlib
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,30 +26,40 @@ class ReferenceKey:
         weights: The MODEL's `patches_uuid`, which is another one whenever a LoRA or merge changes its weights.
         sigma: Noise level of timestep 0.
         dtype: What the UNet computes in.
+        extra_channels: Of the UNet's input, beside those of the latent.
     """
 
     content: str
     weights: Any
     sigma: float
     dtype: torch.dtype
+    extra_channels: int
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """`parts` are compared by identity: object patches, and the chosen attention function."""
+    """`model` and `parts` are compared by identity and not kept alive."""
 
-    model: "weakref.ref[Any]"
-    parts: tuple[Any, ...]
+    model: Callable[[], Any]
+    parts: tuple[Callable[[], Any], ...]
     value: KeysValues
 
     def fits(self, model: Any, parts: tuple[Any, ...]) -> bool:
-        same = len(parts) == len(self.parts) and all(a is b for a, b in zip(parts, self.parts, strict=True))
-        return same and self.model() is model
+        if len(parts) != len(self.parts):
+            return False
+        return self.model() is model and all(
+            known is _nothing if part is None else known() is part
+            for known, part in zip(self.parts, parts, strict=True)
+        )
 
 
 @dataclass
 class ReferenceCache:
-    """Belongs to a loaded adapter and goes with it. Least recently used entries give way."""
+    """Belongs to a loaded adapter and goes with it. Least recently used entries give way.
+
+    `parts` are what else a result depends on and is itself only while it is the same object: object patches, LoRA
+    injections, the chosen attention function (or None).
+    """
 
     _entries: OrderedDict[ReferenceKey, _Entry] = field(default_factory=OrderedDict, repr=False)
 
@@ -65,7 +75,7 @@ class ReferenceCache:
         """Keep a result in CPU memory. Those of models that are gone make room."""
         for old in [k for k, entry in self._entries.items() if k == key or entry.model() is None]:
             del self._entries[old]
-        self._entries[key] = _Entry(weakref.ref(model), parts, _moved(value, torch.device("cpu")))
+        self._entries[key] = _Entry(_known(model), tuple(map(_known, parts)), _moved(value, torch.device("cpu")))
         while len(self._entries) > 1 and sum(_size(entry.value) for entry in self._entries.values()) > CAPACITY:
             self._entries.popitem(last=False)
 
@@ -77,6 +87,20 @@ def content_hash(tensors: Iterable[Tensor]) -> str:
         digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _nothing() -> None:
+    """Stands for a part that is None: a weak reference gives None too, once its object is gone."""
+
+
+def _known(part: Any) -> Callable[[], Any]:
+    """How to compare with this object later, without keeping it alive where Python can do that."""
+    if part is None:
+        return _nothing
+    try:
+        return weakref.ref(part)
+    except TypeError:  # a number, a string, a tuple
+        return lambda: part
 
 
 def _moved(value: KeysValues, device: torch.device) -> KeysValues:

@@ -173,7 +173,7 @@ def _subject_run(entry: SubjectSettings, guider: Any, options: dict[str, Any], n
     if entry.image_tokens is not None and entry.image_tokens.weight != 0:
         tokens = image_token_layers(entry, noise.device, model.get_dtype_inference())
     if entry.shortcut is not None and entry.shortcut.strength != 0:
-        reference = reference_keys_values(guider.model_patcher, model, entry, entry.shortcut, options, noise.device)
+        reference = reference_keys_values(guider, entry, entry.shortcut, options, noise.device)
     return SubjectRun(
         settings=entry,
         image_tokens=tokens,
@@ -205,7 +205,7 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     guider.model_options = comfy.model_patcher.create_model_options_clone(original)
     options = guider.model_options["transformer_options"]
     without_compilation(options)
-    fill_slots(options)
+    fill_slots(options, settings.has_shortcut)
     options[KEY] = state = RunState(settings)
     try:
         samples = executor(*args, **kwargs)
@@ -260,6 +260,12 @@ def diffusion_model(
         rows = state.unknown_rows(x)
     if rows is None or state is None:
         return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
+    if (rows.pixels.shape[0], *rows.pixels.shape[-2:]) != (x.shape[0], *x.shape[-2:]):
+        raise ValueError(
+            f"MoMA: another node changed the model's input to {tuple(x.shape)}, where {rows.pixels.shape[0]} rows of "
+            f"{rows.pixels.shape[-2]}x{rows.pixels.shape[-1]} were expected. Nodes that cut the picture into tiles do "
+            "that; remove them from this model."
+        )
     forward = state.forward(rows, x, transformer_options.get("sigmas"))
     options = {**transformer_options, FORWARD: forward}
     out = executor(x, timesteps, context, y, control, options, **kwargs)

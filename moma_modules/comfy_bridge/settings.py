@@ -75,6 +75,11 @@ class Settings:
     subjects: tuple[SubjectSettings, ...] = ()
     log: RunLog = field(default_factory=RunLog)
 
+    @property
+    def has_shortcut(self) -> bool:
+        """Whether any subject has one, be it at strength 0."""
+        return any(entry.shortcut is not None for entry in self.subjects)
+
     def with_subject(self, subject: Subject, adapter: Adapter, **parts: Any) -> "Settings":
         """Add a subject, or change its parts (`image_tokens`, `shortcut`) if it is there already."""
         entry = next((s for s in self.subjects if s.subject.key == subject.key), SubjectSettings(subject, adapter))

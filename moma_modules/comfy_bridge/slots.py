@@ -5,17 +5,21 @@ from typing import Any
 from .attention import AttentionPatch, CrossAttentionPatch, SelfAttentionPatch
 from .unet import BLOCKS
 
-_KINDS: tuple[tuple[str, type[AttentionPatch]], ...] = (("attn1", SelfAttentionPatch), ("attn2", CrossAttentionPatch))
 
-
-def fill_slots(options: dict[str, Any]) -> None:
+def fill_slots(options: dict[str, Any], self_attention: bool) -> None:
     """Put our patches in every slot of transformer options that are the caller's own, around what is there.
 
     On a MODEL when a node is applied, and again on a run's options: nodes that came later may have taken a slot (SAG,
     or packs that do not look at what was there before).
+
+    Args:
+        self_attention: Whether the slots of self-attention are wanted too; some packs leave out those that are taken.
     """
+    kinds: dict[str, type[AttentionPatch]] = {"attn2": CrossAttentionPatch}
+    if self_attention:
+        kinds["attn1"] = SelfAttentionPatch
     replacements = options.setdefault("patches_replace", {})
-    for kind, patch in _KINDS:
+    for kind, patch in kinds.items():
         slots = replacements.setdefault(kind, {})
         for block, place in enumerate(BLOCKS):
             # A replacement registered for the transformer inside the block hides one for the block.

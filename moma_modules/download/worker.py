@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -107,7 +108,8 @@ def _fetch(file: RemoteFile, part: Path, target: Path, progress: "_Progress") ->
             progress.say(f"Checking {file.name}")
             _check(file, part)
             part.replace(target)
-        Path(lock.lock_file).unlink(missing_ok=True)
+        with suppress(PermissionError):  # Windows does not let go of an open file: there it goes on release
+            Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _get(file: RemoteFile, stream: BinaryIO) -> None:
