@@ -41,7 +41,7 @@ def processes(precisions: list[str], auto: str, full: bool, cuda: bool) -> list[
 
 
 def measure(session: Session, case: str) -> dict[str, Any]:
-    """`load_s`, `forward_s`, `peak_mb`; `flops` of the forward's matrix products, `flops_per_s` of such a product alone.
+    """`load_s`, `forward_s`, `peak_mb`; `flops` of the forward's products, `flops_per_s` of such a product alone.
 
     Or `refused`, the message, where a precision needs what is not there.
     """
