@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Linear
 
 IMAGE_TOKENS = 4
 
@@ -16,7 +17,7 @@ IMAGE_TOKENS = 4
 class ImageAttention:
     """Replacement for one cross-attention layer."""
 
-    def __init__(self, to_k: nn.Linear, to_v: nn.Linear, tokens: Tensor) -> None:
+    def __init__(self, to_k: Linear, to_v: Linear, tokens: Tensor) -> None:
         """Take the projections, and the image tokens [2, 4, context] of positive and negative prompt."""
         self.to_k, self.to_v, self.tokens = to_k, to_v, tokens
 
@@ -43,6 +44,6 @@ def image_adapter_model(model: Any, layer_sizes: tuple[int, ...], context: int, 
     tokens = torch.randn(2, IMAGE_TOKENS, context, device=device, dtype=dtype)
     for block, (name, number) in enumerate(BLOCKS):
         channels = layer_sizes[2 * block + 1]
-        to_k, to_v = (nn.Linear(context, channels, bias=False, device=device, dtype=dtype) for _ in range(2))
+        to_k, to_v = (Linear(context, channels, bias=False, device=device, dtype=dtype) for _ in range(2))
         clone.set_model_attn2_replace(ImageAttention(to_k, to_v, tokens), name, number)
     return clone

@@ -140,4 +140,4 @@ def _step(unet: Any, latents: Tensor, text: Tensor, before: Callable[[], None], 
 
 
 def _autocast(text: Tensor) -> Any:
-    return torch.autocast(text.device.type, torch.bfloat16, enabled=text.dtype != torch.float32)
+    return torch.amp.autocast(text.device.type, torch.bfloat16, enabled=text.dtype != torch.float32)

@@ -17,6 +17,7 @@ import comfy.utils
 import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
+from torch.nn import Linear
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaModel
 
 from .checkpoint import Checkpoint, read_checkpoint
@@ -38,9 +39,9 @@ class MllmModule(nn.Module):
             tower = CLIPVisionModel(_clip_config(vision))
             self.vision = getattr(tower, "vision_model", tower)  # transformers 5 dropped the inner module
             self.projector = nn.Sequential(
-                nn.Linear(vision.width, language.hidden_size),
+                Linear(vision.width, language.hidden_size),
                 nn.GELU(),
-                nn.Linear(language.hidden_size, language.hidden_size),
+                Linear(language.hidden_size, language.hidden_size),
             )
         self.vision.post_layernorm = nn.Identity()  # belongs to the pooled output, which LLaVA does not use
         self.requires_grad_(False)
@@ -224,7 +225,7 @@ def _fill(module: MllmModule, key: str, weights: dict[str, Tensor], compute_dtyp
         if key + SCALE_SUFFIX not in weights:
             packed, scale = owner.pack(tensor)
             parts = {"weight": packed, "weight" + SCALE_SUFFIX: scale}
-    elif not isinstance(owner, (nn.Linear, nn.Embedding)):
+    elif not isinstance(owner, (Linear, nn.Embedding)):
         parts = {name: tensor.to(compute_dtype)}  # all but the matrices are a few thousand values
     for part, value in parts.items():
         setattr(owner, part, nn.Parameter(value, requires_grad=False))
