@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from measure import CFG, SCHEDULE, Step
 from tiny_models import seeded, unet_config
-from torch import Tensor
+from torch import Tensor, autocast
 from workload import TEXT_LENGTH, Scene, Workload, subjects
 
 IMAGE_TOKENS = 4
@@ -140,4 +140,4 @@ def _step(unet: Any, latents: Tensor, text: Tensor, before: Callable[[], None], 
 
 
 def _autocast(text: Tensor) -> Any:
-    return torch.amp.autocast(text.device.type, torch.bfloat16, enabled=text.dtype != torch.float32)
+    return autocast(text.device.type, torch.bfloat16, enabled=text.dtype != torch.float32)
