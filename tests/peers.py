@@ -4,6 +4,8 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -34,13 +36,21 @@ def _checkout(owner: str, name: str) -> Path:
     given = os.environ.get("COMFYUI_MOMA_PEERS")
     folder = Path(given or cache_dir() / "peers") / name
     if not given and not folder.is_dir():
-        url = f"https://github.com/{owner}/{name}"
-        command = ["git", "clone", "--quiet", "--depth", "1", url, str(folder)]
-        never_ask = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+        _clone(f"https://github.com/{owner}/{name}", folder)
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    return folder
+
+
+def _clone(url: str, folder: Path) -> None:
+    """Several test runs may do this at once; the first one's is kept."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    never_ask = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+        command = ["git", "clone", "--quiet", "--depth", "1", url, f"{place}/{folder.name}"]
         try:
             subprocess.run(command, env=never_ask, capture_output=True, check=True, timeout=SECONDS)
         except (OSError, subprocess.SubprocessError) as error:
             pytest.skip(f"{url} cannot be fetched: {error}")
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not there")
-    return folder
+        with suppress(OSError):
+            Path(place, folder.name).rename(folder)
