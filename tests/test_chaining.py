@@ -114,7 +114,9 @@ def test_comfyui_reaches_what_sat_in_the_slot(model: Any, adapter: Any, subject:
     patched = moma(other, adapter, subject, shortcut=tiny_shortcut())
     assert owner.patcher in patched.model_patches_models()
     run(patched, subject)
-    assert {"to", "attention"} <= set(owner.calls) and owner.calls[-1] == "cleanup"
+    assert {"to", "attention"} <= set(owner.calls)
+    if hasattr(model, "model_patches_call_function"):  # ComfyUI from 0.20 on
+        assert owner.calls[-1] == "cleanup"
 
 
 def test_self_attention_is_left_to_others_where_there_is_no_shortcut(model: Any, adapter: Any, subject: Any) -> None:

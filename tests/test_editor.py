@@ -98,10 +98,12 @@ def test_a_shortcut_added_by_hand_keeps_its_seed(editor: Editor) -> None:
         """() => {
             const node = LiteGraph.createNode('MoMASelfAttnShortcut')
             app.graph.add(node)
-            const before = node.widgets.find(widget => widget.name === 'seed').value
-            const control = node.widgets.find(widget => widget.name === 'control_after_generate')
+            const seed = node.widgets.find(widget => widget.name === 'seed')
+            const before = seed.value
+            const control = seed.linkedWidgets[0]
+            control.beforeQueued?.()
             control.afterQueued?.()
-            return [control.value, node.widgets.find(widget => widget.name === 'seed').value === before]
+            return [control.value, seed.value === before]
         }"""
     )
     assert found == ["fixed", True]

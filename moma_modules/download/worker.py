@@ -22,12 +22,14 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers
 
 CHUNK = 1 << 20
 POLL_SECONDS = 0.2
+ATTEMPTS = 20
+"""How often one file's connection may break."""
 
 
 class RefusedError(Exception):
@@ -113,17 +115,26 @@ def _fetch(file: RemoteFile, part: Path, target: Path, progress: "_Progress") ->
 
 
 def _get(file: RemoteFile, stream: BinaryIO) -> None:
-    if stream.tell() > file.size:
-        stream.truncate(0)
-        stream.seek(0)
-    http_get(
-        file.url,
-        stream,
-        resume_size=stream.tell(),
-        headers=build_hf_headers(),
-        expected_size=file.size,
-        displayed_filename=file.name,
-    )
+    """Fetch the rest of a file. A connection that breaks is taken up where it broke, as long as something arrives."""
+    for attempt in range(1, ATTEMPTS + 1):
+        if stream.tell() > file.size:
+            stream.truncate(0)
+            stream.seek(0)
+        start = stream.tell()
+        try:
+            http_get(
+                file.url,
+                stream,
+                resume_size=start,
+                headers=build_hf_headers(),
+                expected_size=file.size,
+                displayed_filename=file.name,
+            )
+            return
+        except Exception as error:  # which ones it may raise differs between the releases of huggingface_hub
+            refused = _status(error) is not None or (isinstance(error, OSError) and error.errno is not None)
+            if refused or stream.tell() <= start or attempt == ATTEMPTS:
+                raise
 
 
 def _check(file: RemoteFile, part: Path) -> None:
@@ -179,18 +190,23 @@ def _explain(error: Exception, folder: Path) -> str:
         return str(error)
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so nothing is fetched. Unset it and start ComfyUI again."
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code if error.response is not None else None
-        if status in (401, 403):
-            return f"The hub refused access ({status}). Check HF_TOKEN, or the login that huggingface_hub has saved."
-        if status == 404 or isinstance(error, EntryNotFoundError):
-            return f"The hub does not have it ({status}): {_first_line(error)}."
+    status = _status(error)
+    if status in (401, 403):
+        return f"The hub refused access ({status}). Check HF_TOKEN, or the login that huggingface_hub has saved."
+    if status == 404 or isinstance(error, EntryNotFoundError):
+        return f"The hub does not have it ({status}): {_first_line(error)}."
+    if status is not None:
         return f"The hub answered with status {status}: {_first_line(error)}."
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"The disk of {folder} is full. Make room; what is there is kept."
     if isinstance(error, PermissionError):
         return f"{folder} cannot be written to: {error}"
     return f"The connection failed ({type(error).__name__}: {_first_line(error)}). What is there is kept."
+
+
+def _status(error: Exception) -> int | None:
+    """The status of the answer that was an error; huggingface_hub passes on those of the library below it, too."""
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _first_line(error: Exception) -> str:
