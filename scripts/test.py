@@ -1,7 +1,8 @@
 """The one test command: `python3 scripts/test.py` sets up what it needs, then lints, checks types and runs the tests.
 
-All tests run on the newest ComfyUI and, at the same time, all but the slow ones on the oldest that the pack supports.
-With `COMFYUI_PATH` set, all tests run on that ComfyUI alone.
+All tests run on the newest ComfyUI, all but the slow ones on the oldest that the pack supports; with `COMFYUI_PATH`
+set, all on that ComfyUI alone. Most tests use one core, so both versions run at the same time; the slow ones, with full-size
+models, have the machine for themselves.
 """
 
 import argparse
@@ -19,6 +20,12 @@ from typing import NamedTuple
 from chromium import chromium_path
 from comfyui_source import CARRIER_VERSIONS, NEWEST, OLDEST, ROOT, SetupError
 from setup_env import Environment, environment
+
+Step = Callable[[], bool]
+"""Does something with its output shown; whether it succeeded."""
+
+NO_TESTS = 5
+"""pytest's exit status; a failure unless the command line chooses among the tests."""
 
 
 class Target(NamedTuple):
@@ -40,7 +47,7 @@ class Steps:
         """Start without any."""
         self._results: list[tuple[str, bool, float]] = []
 
-    def run(self, name: str, step: Callable[[], bool]) -> bool:
+    def run(self, name: str, step: Step) -> bool:
         """Run one under a heading; whether it succeeded."""
         print(f"\n=== {name} ===", flush=True)
         start = time.monotonic()
@@ -58,25 +65,25 @@ class Steps:
         return all(succeeded for _, succeeded, _ in self._results)
 
 
-def command(found: Environment | None, *words: str) -> Callable[[], bool]:
+def command(found: Environment | None, *words: str) -> Step:
     """A step: a Python module run in an environment, from the repository's root; it fails without an environment."""
 
     def step() -> bool:
         if found is None:
             return _not_run()
         _announce(found, words)
-        # Every exit status but 0 is a failure, also pytest's 5, for no tests.
         return subprocess.run([found.python, *words], cwd=ROOT, env=_variables(found), check=False).returncode == 0
 
     return step
 
 
-def started(found: Environment | None, *words: str, cores: int, log: Path | None) -> Callable[[], bool]:
+def started(found: Environment | None, *words: str, cores: int, log: Path | None, none_is_fine: bool) -> Step:
     """As `command`, but it starts at once; the step waits for its end.
 
     Args:
         cores: How many of them PyTorch may use.
         log: Takes the output, which the step shows; where None it is shown as it comes.
+        none_is_fine: Whether pytest may find no tests.
     """
     if found is None:
         return _not_run
@@ -86,10 +93,10 @@ def started(found: Environment | None, *words: str, cores: int, log: Path | None
 
     def step() -> bool:
         _announce(found, words)
-        succeeded = process.wait() == 0
+        status = process.wait()
         if log:
             print(log.read_text(encoding="utf-8", errors="replace"), flush=True)
-        return succeeded
+        return status == 0 or (none_is_fine and status == NO_TESTS)
 
     return step
 
@@ -162,15 +169,21 @@ def run_all(chosen: list[Target], pytest_arguments: list[str]) -> bool:
 def run_tests(
     steps: Steps, pairs: list[tuple[Target, Environment | None]], pytest_arguments: list[str], logs: Path
 ) -> None:
-    """Run pytest on all targets at the same time, each with its share of the cores; show one after another."""
-    cores = max((os.cpu_count() or 1) // len(pairs), 1)
-    runs = []
-    for number, (target, found) in enumerate(pairs):
-        words = ["-m", "pytest", *([] if target.slow else ["-m", "not slow"]), *pytest_arguments]
-        log = logs / f"{number}.log" if number else None
-        runs.append((target, started(found, *words, cores=cores, log=log)))
-    for target, step in runs:
-        steps.run(f"pytest on {target.name}" + ("" if target.slow else ", without the slow tests"), step)
+    """First all but the slow tests, on all targets at once; then the slow ones of each target that has them."""
+    cores = os.cpu_count() or 1
+    chosen = bool(pytest_arguments)
+
+    def start(found: Environment | None, selection: str, share: int, log: Path | None) -> Step:
+        words = ("-m", "pytest", "-m", selection, *pytest_arguments)
+        return started(found, *words, cores=max(cores // share, 1), log=log, none_is_fine=chosen)
+
+    logged = [logs / f"{number}.log" if number else None for number in range(len(pairs))]
+    waiting = [start(found, "not slow", len(pairs), log) for (_, found), log in zip(pairs, logged, strict=True)]
+    for (target, _), step in zip(pairs, waiting, strict=True):
+        steps.run(f"pytest on {target.name}, without the slow tests", step)
+    for target, found in pairs:
+        if target.slow:
+            steps.run(f"pytest on {target.name}, the slow tests", start(found, "slow", 1, None))
 
 
 def parse_arguments(words: list[str]) -> tuple[list[Target], list[str]]:
