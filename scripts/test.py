@@ -1,8 +1,8 @@
 """The one test command: `python3 scripts/test.py` sets up what it needs, then lints, checks types and runs the tests.
 
 All tests run on the newest ComfyUI, all but the slow ones on the oldest that the pack supports; with `COMFYUI_PATH`
-set, all on that ComfyUI alone. Most tests use one core, so both versions run at the same time; the slow ones, with full-size
-models, have the machine for themselves.
+set, all on that ComfyUI alone. Most tests use one core, so both versions run at the same time; the slow ones, with
+full-size models, have the machine for themselves.
 """
 
 import argparse
