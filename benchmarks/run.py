@@ -1,7 +1,7 @@
 """The one benchmark command: `python3 benchmarks/run.py` sets up what it needs, measures, prints a table.
 
 Every figure stands beside its baseline from the same run, as a ratio; a GPU is used if there is one. Close other
-programs first: it takes about an hour on two cores, with `--quick` about 3 minutes.
+programs first: it takes more than an hour on two cores, with `--quick` some minutes.
 """
 
 import argparse

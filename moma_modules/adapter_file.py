@@ -168,7 +168,7 @@ def _usable(values: Mapping[str, object], path: Path) -> dict[str, Tensor]:
 
 
 def _checked(raw: dict[str, Tensor], path: Path) -> AdapterWeights:
-    """Check every shape against the sizes the file itself implies (SPEC: the adapter file)."""
+    """Check every shape against the sizes that the file itself implies; the networks are those of the released file."""
     context = _size(raw, "projectors.norm.weight", 1, 0, path)
     embedding = _size(raw, "projectors.proj.weight", 2, 1, path)
     hidden = _size(raw, "llm_mapping.mapping.gate_proj.weight", 2, 1, path)

@@ -1,4 +1,4 @@
-"""The automatic subject mask: where the subject's text tokens are attended to (SPEC, "Subject mask")."""
+"""The automatic subject mask: where the subject's text tokens are attended to (arXiv 2404.05674, and its code)."""
 
 import torch
 from torch import Tensor

@@ -60,7 +60,7 @@ def test_other_braces_in_a_template_stay() -> None:
 
 
 def brute_force_mask(maps: np.ndarray) -> np.ndarray:
-    """SPEC, literally: [2, N] negative and positive to the positive mask [N]."""
+    """As the released code has it, literally: [2, N] negative and positive to the positive mask [N]."""
     values = (maps - maps.min()) / (maps.max() - maps.min())
     values = np.where(values <= 0.2, 0.0, values)
     return ((values - values.min()) / (values.max() - values.min()))[1]

@@ -1,4 +1,4 @@
-"""The instruction that MoMA gives its MLLM, as token ids (SPEC: the MLLM)."""
+"""The instruction that MoMA gives its MLLM, as token ids (as in the released code, arXiv 2404.05674)."""
 
 from sentencepiece import SentencePieceProcessor
 
