@@ -1,6 +1,10 @@
-"""Every test runs against a real ComfyUI, see `bootstrap`; those of the editor need Chromium."""
+"""Every test runs against a real ComfyUI, see `bootstrap`; those of the editor need Chromium.
+
+`model`, `adapter` and `subject` are the small scene that most tests of sampling start from.
+"""
 
 import os
+from typing import Any
 
 import pytest
 from bootstrap import bootstrap
@@ -8,9 +12,27 @@ from chromium import chromium_path
 
 bootstrap()
 
+from scene import tiny_adapter, tiny_subject
+from tiny_models import tiny_model
+
 NO_CHROMIUM = (
     "The tests of the editor were left out: no Chromium. On Debian: apt-get install chromium; or set CHROMIUM."
 )
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def adapter() -> Any:
+    return tiny_adapter()
+
+
+@pytest.fixture(scope="module")
+def subject(adapter: Any) -> Any:
+    return tiny_subject(adapter)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

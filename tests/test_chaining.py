@@ -4,25 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from scene import moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
+from scene import moma, negative, positive, sample, tiny_shortcut
 from tiny_models import tiny_model
 
 PLACES = ((("input", 1), None), (("input", 1), 0))
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def adapter() -> Any:
-    return tiny_adapter()
-
-
-@pytest.fixture(scope="module")
-def subject(adapter: Any) -> Any:
-    return tiny_subject(adapter)
 
 
 def run(model: Any, subject: Any, **kwargs: Any) -> torch.Tensor:

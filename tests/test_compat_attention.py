@@ -17,25 +17,10 @@ from comfyui_moma.moma_modules.comfy_bridge import run as run_module
 from comfyui_moma.moma_modules.comfy_bridge.forward import Forward
 from comfyui_moma.moma_modules.comfy_bridge.unet import BLOCKS
 from compat_rows import message
-from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
-from tiny_models import seeded, tiny_model
+from scene import close, masks_of, moma, negative, positive, sample, tiny_shortcut
+from tiny_models import seeded
 from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def adapter() -> Any:
-    return tiny_adapter()
-
-
-@pytest.fixture(scope="module")
-def subject(adapter: Any) -> Any:
-    return tiny_subject(adapter)
 
 
 def run(model: Any, subject: Any, **kwargs: Any) -> torch.Tensor:

@@ -10,25 +10,10 @@ from comfy.patcher_extension import PatcherInjection, WrappersMP
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfyui_moma.moma_modules.comfy_bridge.patching import patched, settings_of
 from comfyui_moma.moma_modules.comfy_bridge.settings import ImageTokens, Window
-from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
-from tiny_models import seeded, tiny_model
+from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut
+from tiny_models import seeded
 
 FRAMES = 6
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def adapter() -> Any:
-    return tiny_adapter()
-
-
-@pytest.fixture(scope="module")
-def subject(adapter: Any) -> Any:
-    return tiny_subject(adapter)
 
 
 @pytest.fixture(scope="module")

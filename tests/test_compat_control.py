@@ -8,25 +8,10 @@ import comfy.ops
 import comfy.t2i_adapter.adapter
 import pytest
 import torch
-from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
-from tiny_models import TINY, seeded, seeded_weight, tiny_model, unet_config
+from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut
+from tiny_models import TINY, seeded, seeded_weight, unet_config
 
 import nodes
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def adapter() -> Any:
-    return tiny_adapter()
-
-
-@pytest.fixture(scope="module")
-def subject(adapter: Any) -> Any:
-    return tiny_subject(adapter)
 
 
 def seeded_module(module: torch.nn.Module) -> torch.nn.Module:

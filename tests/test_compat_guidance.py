@@ -13,26 +13,10 @@ from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, RescaleCFG
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_perpneg import PerpNeg, PerpNegGuider
 from comfy_extras.nodes_sag import SelfAttentionGuidance
-from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
-from tiny_models import tiny_model
+from scene import close, masks_of, moma, negative, positive, sample, tiny_shortcut
 
 SHORT = {"size": (16, 16), "steps": 2, "last_step": 1}
 """One evaluation, whose mask is read afterwards."""
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def adapter() -> Any:
-    return tiny_adapter()
-
-
-@pytest.fixture(scope="module")
-def subject(adapter: Any) -> Any:
-    return tiny_subject(adapter)
 
 
 @pytest.fixture(scope="module")

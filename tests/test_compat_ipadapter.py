@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from peers import peer_pack
-from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
-from tiny_models import TINY, seeded, tiny_model
+from scene import close, masks_of, moma, negative, positive, sample, tiny_shortcut, tiny_subject
+from tiny_models import TINY, seeded
 
 EMBEDDING = 24
 PLACES = ["input"] * 6 + ["output"] * 9 + ["middle"]
@@ -17,21 +17,6 @@ PLACES = ["input"] * 6 + ["output"] * 9 + ["middle"]
 @pytest.fixture(scope="module")
 def pack() -> ModuleType:
     return peer_pack("cubiq", "ComfyUI_IPAdapter_plus")
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def adapter() -> Any:
-    return tiny_adapter()
-
-
-@pytest.fixture(scope="module")
-def subject(adapter: Any) -> Any:
-    return tiny_subject(adapter)
 
 
 def widths() -> list[int]:

@@ -9,28 +9,13 @@ import torch
 from comfy.conds import CONDNoiseShape
 from comfy.sd import VAE
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
-from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
+from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut
 from tiny_models import seeded, seeded_weight, tiny_model
 from torch.nn.functional import interpolate
 
 import nodes
 
 SPLIT = {"steps": 4, "sampler": "euler", "scheduler": "normal"}
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def adapter() -> Any:
-    return tiny_adapter()
-
-
-@pytest.fixture(scope="module")
-def subject(adapter: Any) -> Any:
-    return tiny_subject(adapter)
 
 
 @pytest.fixture

@@ -9,25 +9,10 @@ import pytest
 import torch
 from comfy_extras.nodes_hooks import SetModelHooksOnCond
 from comfy_extras.nodes_model_merging import ModelMergeSimple
-from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
+from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut
 from tiny_models import seeded, tiny_model
 
 LORA_LAYERS = ("attn1_to_k", "attn2_to_q", "attn2_to_k", "attn2_to_v")
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def adapter() -> Any:
-    return tiny_adapter()
-
-
-@pytest.fixture(scope="module")
-def subject(adapter: Any) -> Any:
-    return tiny_subject(adapter)
 
 
 def lora_file() -> dict[str, torch.Tensor]:

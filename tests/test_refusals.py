@@ -24,21 +24,6 @@ from tiny_models import TINY, adapter_groups, tiny_model
 DATA = Path(__file__).parent / "data"
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def adapter() -> Any:
-    return tiny_adapter()
-
-
-@pytest.fixture(scope="module")
-def subject(adapter: Any) -> Any:
-    return tiny_subject(adapter)
-
-
 def apply(model: Any, adapter: Any, subject: Any, **changes: Any) -> Any:
     inputs = {"weight": 1.0, "start_percent": 0.0, "end_percent": 1.0, **changes}
     return ApplyAdapter.execute(model, adapter, subject, **inputs)

@@ -8,23 +8,8 @@ import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
-from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
+from scene import close, masks_of, moma, negative, positive, sample, tiny_shortcut, tiny_subject
 from tiny_models import tiny_model
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def adapter() -> Any:
-    return tiny_adapter()
-
-
-@pytest.fixture(scope="module")
-def subject(adapter: Any) -> Any:
-    return tiny_subject(adapter)
 
 
 @pytest.fixture(scope="module")

@@ -46,11 +46,9 @@ def reference_keys_values(
         extra_channels=extra,
     )
     attention = options.get("optimized_attention_override")
-    parts = (
-        attention,
-        *(patcher.object_patches[name] for name in sorted(patcher.object_patches)),
-        *patcher.injections.get(_BYPASS_LORA, ()),
-    )
+    patches = (patcher.object_patches[name] for name in sorted(patcher.object_patches))
+    parts = (attention, *patches, *patcher.injections.get(_BYPASS_LORA, ()))
+    parts = tuple(part for part in parts if part is not None)
     cache = entry.adapter.reference_cache
     found = cache.find(key, model, parts, device)
     if found is None:
@@ -64,13 +62,14 @@ def reference_keys_values(
 def _without_injections(patcher: Any) -> Iterator[None]:
     """Take motion modules and the like out of the UNet: they expect the frames and the options of the run."""
     others = [item for key, group in patcher.injections.items() if key != _BYPASS_LORA for item in group]
-    injected = others if patcher.is_injected else []
-    for item in injected:
-        item.eject(patcher)
+    ejected = []
     try:
+        for item in others if patcher.is_injected else ():
+            item.eject(patcher)
+            ejected.append(item)
         yield
     finally:
-        for item in injected:
+        for item in ejected:
             item.inject(patcher)
 
 

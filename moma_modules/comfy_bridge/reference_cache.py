@@ -45,12 +45,9 @@ class _Entry:
     value: KeysValues
 
     def fits(self, model: Any, parts: tuple[Any, ...]) -> bool:
-        if len(parts) != len(self.parts):
+        if self.model() is not model or len(parts) != len(self.parts):
             return False
-        return self.model() is model and all(
-            known is _nothing if part is None else known() is part
-            for known, part in zip(self.parts, parts, strict=True)
-        )
+        return all(known() is part for known, part in zip(self.parts, parts, strict=True))
 
 
 @dataclass
@@ -58,7 +55,7 @@ class ReferenceCache:
     """Belongs to a loaded adapter and goes with it. Least recently used entries give way.
 
     `parts` are what else a result depends on and is itself only while it is the same object: object patches, LoRA
-    injections, the chosen attention function (or None).
+    injections, the chosen attention function. None of them is None.
     """
 
     _entries: OrderedDict[ReferenceKey, _Entry] = field(default_factory=OrderedDict, repr=False)
@@ -89,14 +86,8 @@ def content_hash(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _nothing() -> None:
-    """Stands for a part that is None: a weak reference gives None too, once its object is gone."""
-
-
 def _known(part: Any) -> Callable[[], Any]:
     """How to compare with this object later, without keeping it alive where Python can do that."""
-    if part is None:
-        return _nothing
     try:
         return weakref.ref(part)
     except TypeError:  # a number, a string, a tuple
