@@ -2,6 +2,7 @@
 
 from types import ModuleType
 
+import compile_part
 import leak_part
 import memory_part
 import mllm_part
@@ -13,6 +14,7 @@ PARTS: dict[str, ModuleType] = {
     "step": step_part,
     "run": run_part,
     "scaling": scaling_part,
+    "compile": compile_part,
     "mllm": mllm_part,
     "memory": memory_part,
     "leak": leak_part,

@@ -16,6 +16,7 @@ class Plan:
         scaling_rounds: Of the smaller pictures; larger ones get one.
         scaling_batch: Latent of the runs with several pictures per batch.
         scaling_scene: Latent of the runs with other masks, references and subjects.
+        compile_backend: What compiles; the tests take one that needs no compiler.
         mllm_full: Whether the full-size language model is measured (on a CPU: two of its layers).
     """
 
@@ -34,6 +35,9 @@ class Plan:
     scaling_references: tuple[int, ...]
     scaling_subjects: tuple[int, ...]
     scaling_rounds: int
+    compile_size: Size
+    compile_rounds: int
+    compile_backend: str
     mllm_rounds: int
     mllm_full: bool
     memory_size: Size
@@ -57,6 +61,9 @@ FULL = Plan(
     scaling_references=(2, 3, 4),
     scaling_subjects=(2, 3),
     scaling_rounds=2,
+    compile_size=(64, 64),
+    compile_rounds=3,
+    compile_backend="inductor",
     mllm_rounds=3,
     mllm_full=True,
     memory_size=(64, 64),
@@ -77,6 +84,8 @@ QUICK = replace(
     scaling_references=(2,),
     scaling_subjects=(2,),
     scaling_rounds=1,
+    compile_size=(24, 24),
+    compile_rounds=1,
     mllm_rounds=1,
     mllm_full=False,
     memory_size=(32, 32),
@@ -92,6 +101,8 @@ TINY = replace(
     scaling_sizes=((8, 8), (8, 16)),
     scaling_batch=(8, 8),
     scaling_scene=(8, 8),
+    compile_size=(8, 8),
+    compile_backend="eager",
     memory_size=(8, 8),
     leak_runs=4,
 )
@@ -113,5 +124,7 @@ def plan_for(name: str, cuda: bool) -> Plan:
         run_steps=30,
         run_rounds=5,
         scaling_rounds=plan.scaling_rounds * more,
+        compile_size=(64, 64),
+        compile_rounds=plan.compile_rounds * more,
         memory_size=(64, 64),
     )

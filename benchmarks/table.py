@@ -120,6 +120,16 @@ def _scaling(found: Results) -> Iterator[Row]:
             yield Row("scaling", f"{title}, {name}: memory of a step", value, _times(group["memory"][name]), "")
 
 
+def _compile(found: Results) -> Iterator[Row]:
+    names = {"both_compiled": "both, compiled", "plain": "plain, not compiled", "both": "both, not compiled"}
+    title = f"{_pixels(found['latent'])}, TorchCompileModel"
+    for row in _ratio_rows("compile", found, "plain_compiled", names, title):
+        yield row._replace(baseline=f"plain, compiled: {_seconds(found['plain_compiled_s'])}")
+    graphs = found["graphs"]
+    first = f"the two models: {graphs['first']}"
+    yield Row("compile", f"{title}: graphs compiled after the first step", first, str(graphs["later"]), "")
+
+
 def _mllm(found: Results) -> Iterator[Row]:
     labels = {"load_s": "loading", "forward_s": "one look", "peak_mb": "peak memory"}
     for size, figures in found.items():
@@ -128,12 +138,12 @@ def _mllm(found: Results) -> Iterator[Row]:
                 value = f"its matrix products alone: {_seconds(seconds)}"
                 ratio = figures["forward_over_arithmetic"][precision]
                 yield Row("mllm", f"{size} model, {precision}: one look", value, _times(ratio), "")
-        for figure, label in labels.items():
+        for figure in (name for name in labels if name in figures):
             values = dict(figures[figure])
             base = values.pop("fp32")
             shown = f"fp32: {_mib(base) if figure == 'peak_mb' else _seconds(base)}"
             for precision, ratio in values.items():
-                yield Row("mllm", f"{size} model, {precision}: {label}", shown, _times(ratio), "")
+                yield Row("mllm", f"{size} model, {precision}: {labels[figure]}", shown, _times(ratio), "")
 
 
 def _memory(found: Results) -> Iterator[Row]:
@@ -170,6 +180,7 @@ NAMES: dict[str, Callable[[Results], Iterator[Row]]] = {
     "step": _step,
     "run": _run,
     "scaling": _scaling,
+    "compile": _compile,
     "mllm": _mllm,
     "memory": _memory,
     "leak": _leak,

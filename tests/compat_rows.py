@@ -280,10 +280,11 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
         ),
         Row(
             "TorchCompileModel",
-            PARTLY,
-            "Runs uncompiled: the picture is right, the speed-up is lost.",
-            "compat_attention::test_compilation_is_left_out_with_a_warning",
-            "MoMA: this run goes without TorchCompileModel",
+            WORKS,
+            "Compiled once for all steps and later runs of a kind. Where torch cannot compile all of the UNet at once "
+            "(a CPU's default attention, some packs' patches) the run goes on uncompiled, with a warning.",
+            "compat_compilation::test_one_compilation_serves_all_steps_and_later_runs",
+            "MoMA: this run goes on without TorchCompileModel",
         ),
         Row(
             "TiledDiffusion",

@@ -2,6 +2,7 @@
 
 import json
 import math
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def results(session: Session) -> dict[str, Any]:
         "memory": list(session.plan.memory_cases),
         "leak": list(PARTS["leak"].CASES),
     }
-    found = {part: {case: PARTS[part].measure(session, case) for case in cases[part]} for part in PARTS}
+    found = {part: {case: PARTS[part].measure(session, case) for case in of_part} for part, of_part in cases.items()}
     return {part: PARTS[part].result(measured) for part, measured in found.items()}
 
 
@@ -58,6 +59,17 @@ def test_scaling_has_time_and_memory_of_every_group(results: dict[str, Any]) -> 
     for group in results["scaling"].values():
         assert is_positive(group["plain_s"]) and is_positive(group["both"]) and is_positive(group["memory"]["plain_mb"])
     assert {"mask 100 %", "2 references", "2 subjects"} <= set(results["scaling"]["64x64, scenes"])
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_measured() -> None:
+    """One graph for each of the two models, and no other one in later steps; in a process with PyTorch's attention."""
+    worked = benchmark.work(Namespace(plan="tiny", moma_repo=None), [("compile", "all")])
+    found = PARTS["compile"].result(worked["found"]["compile"])
+    assert is_positive(found["plain_compiled_s"])
+    assert all(is_positive(found[name]) for name in ("plain", "both", "both_compiled"))
+    assert found["graphs"] == {"first": 2, "later": 0}
+    assert all(len(line) <= 160 for line in table.text_table(table.rows({"compile": found})).splitlines())
 
 
 def test_a_step_says_what_memory_it_needs_and_how_large_the_subject_was(results: dict[str, Any]) -> None:
@@ -102,6 +114,7 @@ def test_a_few_layers_are_extrapolated_to_all() -> None:
         "fp8 5 layers": {"refused": "needs a GPU"},
     }
     found = PARTS["mllm"].result(measured)["extrapolated full"]
+    assert "load_s" not in found
     assert found["forward_s"] == {"fp32": 3.0 + 31 / 4 * 2.0}
     assert found["peak_mb"] == {"fp32": 500.0 + 31 / 4 * 200.0}
     assert found["arithmetic_s"] == {"fp32": (100 + 31 / 4 * 80) / 50.0}
@@ -118,7 +131,7 @@ def test_runs_leave_nothing_behind(results: dict[str, Any]) -> None:
 
 def test_every_part_becomes_rows(results: dict[str, Any]) -> None:
     found = table.rows(results)
-    assert {row.part for row in found} == set(PARTS)
+    assert {row.part for row in found} == set(PARTS) - {"compile"}
     assert all(len(line) <= 160 for line in table.text_table(found).splitlines())
 
 
@@ -156,7 +169,10 @@ def test_an_unknown_part_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr("sys.argv", ["run.py", "--only", "step,speed"])
     with pytest.raises(SystemExit):
         benchmark.parse_arguments()
-    assert "there is no part speed; the parts are step, run, scaling, mllm, memory, leak" in capsys.readouterr().err
+    assert (
+        "there is no part speed; the parts are step, run, scaling, compile, mllm, memory, leak"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_folder_that_is_not_the_released_code_is_refused(session: Session, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
-"""MoMA beside nodes that change how attention is computed: who shares a slot, who is refused, who is left out."""
+"""MoMA beside nodes that change how attention is computed: who shares a slot, who is refused."""
 
-import logging
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -9,17 +8,14 @@ from typing import Any
 import pytest
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_tomesd import TomePatchModel
-from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
 from comfyui_moma.moma_modules.comfy_bridge import run as run_module
 from comfyui_moma.moma_modules.comfy_bridge.forward import Forward
 from comfyui_moma.moma_modules.comfy_bridge.unet import BLOCKS
 from compat_rows import message
 from scene import close, masks_of, moma, negative, positive, sample, tiny_shortcut
 from tiny_models import seeded
-from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 
 
@@ -183,29 +179,6 @@ def test_unknown_rearranging_is_refused_in_the_first_step(model: Any, adapter: A
     with pytest.raises(ValueError) as raised:
         run(patched, subject)
     assert message("Other nodes that re-arrange attention") in str(raised.value)
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_compilation_is_left_out_with_a_warning(
-    model: Any, adapter: Any, subject: Any, first: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The picture is that of the run without the node, nothing is compiled, and other models keep their compilation."""
-    alone = moma(model, adapter, subject, shortcut=tiny_shortcut())
-    patched = moma(compiled(model), adapter, subject, shortcut=tiny_shortcut()) if first else compiled(alone)
-    torch._dynamo.reset()
-    counters.clear()
-    with caplog.at_level(logging.WARNING):
-        assert torch.equal(run(patched, subject), run(alone, subject))
-    assert message("TorchCompileModel") in caplog.text
-    assert not counters["stats"]
-    assert patched.get_wrappers("apply_model", "torch.compile")
-
-
-def compiled(model: Any) -> Any:
-    """TorchCompileModel with a backend that needs no compiler; the node itself offers two that do."""
-    clone = TorchCompileModel.execute(model, "inductor")[0]
-    set_torch_compile_wrapper(model=clone, backend="eager", options={"guard_filter_fn": skip_torch_compile_dict})
-    return clone
 
 
 class _Waits(TorchFunctionMode):

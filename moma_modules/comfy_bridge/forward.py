@@ -43,11 +43,12 @@ class Forward:
     Attributes:
         subjects: The subjects of the run.
         rows: What is known of this forward's rows.
-        cross_factors, self_factors: Per subject [B, H, W] = area x subject mask x schedule; None: off.
+        cross_factors, self_factors: Per subject [B, H, W] = area x subject mask x schedule x weight (or strength);
+            None: off.
         size: Latent height and width of this forward (of a crop, for area conditioning).
         collecting: Whether attention maps are wanted.
         selecting: Whether the shortcut is computed only where its factor is not 0. Finding these places makes the host
-            wait for the device: worth it on a CPU, where the device is the host.
+            wait for the device: worth it on a CPU, where the device is the host, if the forward is not compiled.
     """
 
     subjects: tuple[SubjectRun, ...]
@@ -79,7 +80,7 @@ class Forward:
         return torch.stack(sums).sum(dim=0) / sum(map(len, self._attention.values()))
 
     def add_image_tokens(self, out: Tensor, q: Tensor, block: int, extra_options: dict[str, Any]) -> Tensor:
-        """`out + weight * M * A(q, K_image, V_image)` for every subject."""
+        """`out + factor * A(q, K_image, V_image)` for every subject."""
         for i, (subject, factor) in enumerate(zip(self.subjects, self.cross_factors, strict=True)):
             tokens, layers = subject.settings.image_tokens, subject.image_tokens
             if factor is not None and tokens is not None and layers is not None:
@@ -88,11 +89,11 @@ class Forward:
                 k, v = layers.keys_values(self._image_tokens[i], block)
                 delta = plain_attention(q, k, v, extra_options)
                 at_layer = self._at_layer(("cross", i), factor, self._layer_size(q, extra_options), q.dtype)
-                out = torch.addcmul(out, at_layer, delta, value=tokens.weight)
+                out = torch.addcmul(out, at_layer, delta)
         return out
 
     def add_shortcuts(self, out: Tensor, q: Tensor, block: int, extra_options: dict[str, Any]) -> Tensor:
-        """`out + strength * scale * M * A(q, K_reference, V_reference)` for every subject."""
+        """`out + scale * factor * A(q, K_reference, V_reference)` for every subject; the scale is the block's."""
         for i, (subject, factor) in enumerate(zip(self.subjects, self.self_factors, strict=True)):
             shortcut = subject.settings.shortcut
             if factor is not None and shortcut is not None and block in subject.reference:
@@ -100,7 +101,7 @@ class Forward:
                 at_layer = self._at_layer(("self", i), factor, size, q.dtype)
                 places = self._places_of(("self", i), size, at_layer) if self.selecting else None
                 k, v = (part.to(q.dtype) for part in subject.reference[block])
-                scale = shortcut.strength * subject.settings.adapter.scales[block]
+                scale = subject.settings.adapter.scales[block]
                 if places is None:
                     out = torch.addcmul(out, at_layer, attend_shared(q, k, v, extra_options), value=scale)
                 elif len(places):

@@ -1,10 +1,6 @@
 """Other nodes on the same MODEL that need a decision before a run starts."""
 
-import logging
 from typing import Any
-
-from comfy.patcher_extension import WrappersMP
-from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from .settings import Settings
 
@@ -45,17 +41,3 @@ def check_neighbours(patcher: Any, settings: Settings, options: dict[str, Any]) 
                 f"MoMA: {name} on this model re-arranges the tokens of self-attention, and Self-Attn Shortcut must "
                 f"know their places. Remove {name} or Self-Attn Shortcut; Apply MoMA Adapter alone works with it."
             )
-
-
-def without_compilation(options: dict[str, Any]) -> None:
-    """Take TorchCompileModel's wrapper out of a run's own transformer options.
-
-    That node compiles without checks on the transformer options, where a run's patches and masks are: a compiled UNet
-    would go on with those of its first step.
-    """
-    wrappers = options.get("wrappers", {}).get(WrappersMP.APPLY_MODEL, {})
-    if wrappers.pop(COMPILE_KEY, None) is not None:
-        logging.warning(
-            "MoMA: this run goes without TorchCompileModel, which would freeze the subject mask of the first step. "
-            "The picture is right, and as fast as without that node."
-        )

@@ -14,7 +14,7 @@ _WRAPPERS = (
     (WrappersMP.SAMPLER_SAMPLE, run.sampler_sample),
     (WrappersMP.PREDICT_NOISE, run.predict_noise),
     (WrappersMP.CALC_COND_BATCH, run.calc_cond_batch),
-    (WrappersMP.DIFFUSION_MODEL, run.diffusion_model),
+    (WrappersMP.APPLY_MODEL, run.apply_model),
 )
 
 

@@ -5,6 +5,7 @@ It travels in the run's own copy of the transformer options; nothing is kept on 
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_patcher
@@ -14,13 +15,14 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from .attention import FORWARD
+from .compilation import Compilation, take_compilation
 from .conditioning import Rows, attach_rows, subjects_in, take_rows
 from .editor import show_text
 from .evaluation import Evaluation
 from .forward import Forward, SubjectRun
 from .image_tokens import ImageTokenLayers, image_token_layers
 from .live_mask import Film, LiveMask
-from .neighbours import check_neighbours, without_compilation
+from .neighbours import check_neighbours
 from .reference import reference_keys_values
 from .reference_cache import KeysValues
 from .schedule import Gates
@@ -37,8 +39,9 @@ class RunState:
         film: How the masks evolved.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, compilation: Compilation | None) -> None:
         self.settings = settings
+        self.compilation = compilation
         self.subjects: tuple[SubjectRun, ...] = ()
         self.masks: Tensor | None = None
         self.film = Film()
@@ -111,6 +114,7 @@ class RunState:
 
     def forward(self, rows: Rows, x: Tensor, sigma: Tensor | None) -> Forward:
         """What the layers of one UNet forward need."""
+        compiled = self.compilation is not None and self.compilation.active
         factors = [self._factors(i, sigma, x.device) for i in range(len(self.subjects))]
         return Forward(
             subjects=self.subjects,
@@ -119,7 +123,7 @@ class RunState:
             self_factors=tuple(own for _, own in factors),
             size=(x.shape[-2], x.shape[-1]),
             collecting=self._collecting,
-            selecting=x.device.type == "cpu",
+            selecting=x.device.type == "cpu" and not compiled,
         )
 
     def finish_forward(self, forward: Forward) -> None:
@@ -155,9 +159,9 @@ class RunState:
         image_tokens, shortcut = run.settings.image_tokens, run.settings.shortcut
         cross = own = None
         if image_tokens is not None and image_tokens.weight != 0:
-            cross = gate.cross.apply(_times(mask, run.cross_area), sigma)
+            cross = gate.cross.apply(_times(mask * image_tokens.weight, run.cross_area), sigma)
         if shortcut is not None and shortcut.strength != 0:
-            own = gate.shortcut.apply(_times(mask, run.self_area), sigma)
+            own = gate.shortcut.apply(_times(mask * shortcut.strength, run.self_area), sigma)
         return cross, own
 
 
@@ -204,9 +208,8 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     check_neighbours(guider.model_patcher, settings, original["transformer_options"])
     guider.model_options = comfy.model_patcher.create_model_options_clone(original)
     options = guider.model_options["transformer_options"]
-    without_compilation(options)
     fill_slots(options, settings.has_shortcut)
-    options[KEY] = state = RunState(settings)
+    options[KEY] = state = RunState(settings, take_compilation(guider.model_patcher, guider.model_options))
     try:
         samples = executor(*args, **kwargs)
         settings.log.record(samples, state.final_masks(), state.film)
@@ -250,27 +253,37 @@ def calc_cond_batch(executor: Any, model: Any, conds: Any, x_in: Any, timestep: 
         state.end_call()
 
 
-def diffusion_model(
-    executor: Any, x: Any, timesteps: Any, context: Any, y: Any, control: Any, transformer_options: Any, **kwargs: Any
+def apply_model(
+    executor: Any,
+    x: Any,
+    t: Any,
+    c_concat: Any,
+    c_crossattn: Any,
+    control: Any,
+    transformer_options: Any,
+    **kwargs: Any,
 ) -> Any:
-    """DIFFUSION_MODEL: one forward of the UNet over some rows."""
+    """APPLY_MODEL: one forward of the UNet over some rows."""
     rows = take_rows(kwargs)
     state = transformer_options.get(KEY)
     if rows is None and state is not None:
         rows = state.unknown_rows(x)
     if rows is None or state is None:
-        return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
     if (rows.pixels.shape[0], *rows.pixels.shape[-2:]) != (x.shape[0], *x.shape[-2:]):
         raise ValueError(
             f"MoMA: another node changed the model's input to {tuple(x.shape)}, where {rows.pixels.shape[0]} rows of "
             f"{rows.pixels.shape[-2]}x{rows.pixels.shape[-1]} were expected. Nodes that cut the picture into tiles do "
             "that; remove them from this model."
         )
-    forward = state.forward(rows, x, transformer_options.get("sigmas"))
-    options = {**transformer_options, FORWARD: forward}
-    out = executor(x, timesteps, context, y, control, options, **kwargs)
-    state.finish_forward(forward)
-    return out
+
+    def run(model: Callable[..., Any]) -> Any:
+        forward = state.forward(rows, x, transformer_options.get("sigmas"))
+        out = model(x, t, c_concat, c_crossattn, control, {**transformer_options, FORWARD: forward}, **kwargs)
+        state.finish_forward(forward)
+        return out
+
+    return run(executor) if state.compilation is None else state.compilation.run(run, executor)
 
 
 def _replacements(model_options: dict[str, Any]) -> Any:

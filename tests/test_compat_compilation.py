@@ -1,0 +1,127 @@
+"""TorchCompileModel: what is compiled is right, compiled once, and never taken for something else."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from comfy.ldm.modules.attention import attention_pytorch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
+from compat_rows import message
+from scene import close, masks_of, moma, negative, positive, sample, tiny_shortcut
+from torch._dynamo.utils import counters
+
+COMPILED = "unique_graphs"
+
+
+@pytest.fixture(autouse=True)
+def fresh_torch() -> Iterator[None]:
+    """Nothing compiled before, and nothing left for other tests."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(model: Any) -> Any:
+    """TorchCompileModel with a backend that needs no compiler; the node itself offers two that do."""
+    clone = TorchCompileModel.execute(model, "inductor")[0]
+    set_torch_compile_wrapper(model=clone, backend="eager", options={"guard_filter_fn": skip_torch_compile_dict})
+    return clone
+
+
+def with_pytorch_attention(model: Any) -> Any:
+    """`--use-pytorch-cross-attention` for one model: a CPU's default attention cannot be compiled at once."""
+    clone = model.clone()
+    options = clone.model_options["transformer_options"]
+    options["optimized_attention_override"] = lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)
+    return clone
+
+
+def scaled(model: Any, strength: float) -> Any:
+    """Another pack's cross-attention replacement that can be compiled."""
+
+    def patch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any]) -> torch.Tensor:
+        return strength * attention_pytorch(q, k, v, extra_options["n_heads"])
+
+    clone = model.clone()
+    clone.set_model_attn2_replace(patch, "middle", 0)
+    return clone
+
+
+def newly_compiled() -> int:
+    """How many graphs were compiled since the last call."""
+    count = counters["stats"][COMPILED]
+    counters.clear()
+    return count
+
+
+def assert_same(patched: Any, subject: Any, **options: Any) -> None:
+    """Compiled and uncompiled runs give one picture and one mask."""
+    run = compiled(patched)
+    prompts = (positive(subject), negative())
+    expected, found = (sample(model, *prompts, **options) for model in (patched, run))
+    assert close(found, expected, 1e-5)
+    ours, theirs = (masks_of(patched, samples)[subject.key] for samples in (found, expected))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert theirs.std() > 0.05
+
+
+def test_one_compilation_serves_all_steps_and_later_runs(model: Any, adapter: Any, subject: Any) -> None:
+    """Also with other weights, prompts' seeds and ranges, and beside the same checkpoint without MoMA."""
+    plain = with_pytorch_attention(model)
+    expected = sample(plain, positive(), negative())
+    assert close(sample(compiled(plain), positive(), negative()), expected, 1e-5)
+    assert newly_compiled() == 1
+
+    assert_same(moma(plain, adapter, subject, shortcut=tiny_shortcut()), subject, steps=4)
+    assert newly_compiled() == 1
+    changed = moma(plain, adapter, subject, weight=0.5, shortcut=tiny_shortcut(0.3, start=0.4, end=0.7))
+    assert_same(changed, subject, steps=6, seed=9)
+    assert close(sample(compiled(plain), positive(), negative()), expected, 1e-5)
+    assert newly_compiled() == 0
+
+
+@pytest.mark.slow
+def test_what_changes_the_computation_is_noticed(model: Any, adapter: Any, subject: Any) -> None:
+    """A part taken away, and another pack's patch in our slot with other settings."""
+    plain = with_pytorch_attention(model)
+    assert_same(moma(plain, adapter, subject, shortcut=tiny_shortcut()), subject)
+    assert_same(moma(plain, adapter, subject), subject)
+    assert newly_compiled() == 2
+    pictures = []
+    for strength in (0.5, 2.0):
+        patched = moma(scaled(plain, strength), adapter, subject)
+        assert_same(patched, subject)
+        pictures.append(sample(patched, positive(subject), negative()))
+    assert not close(*pictures, 1e-3)
+
+
+def test_where_torch_gives_up_the_run_goes_on(
+    model: Any, adapter: Any, subject: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a CPU's default attention, which asks for free memory; other runs keep their compilation."""
+    patched = moma(model, adapter, subject, shortcut=tiny_shortcut())
+    run = compiled(patched)
+    with caplog.at_level(logging.WARNING):
+        found = sample(run, positive(subject), negative())
+    assert torch.equal(found, sample(patched, positive(subject), negative()))
+    assert [message("TorchCompileModel") in record.getMessage() for record in caplog.records].count(True) == 1
+    assert newly_compiled() == 0
+    assert run.get_wrappers("apply_model", "torch.compile")
+
+
+@pytest.mark.slow
+def test_too_many_kinds_of_runs_go_on_uncompiled(
+    model: Any, adapter: Any, subject: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    plain = with_pytorch_attention(model)
+    both = compiled(moma(plain, adapter, subject))
+    for size in ((8, 8), (16, 8)):
+        with caplog.at_level(logging.WARNING):
+            found = sample(both, positive(subject), negative(), size=size)
+        assert close(found, sample(moma(plain, adapter, subject), positive(subject), negative(), size=size), 1e-5)
+    assert message("TorchCompileModel") in caplog.text
