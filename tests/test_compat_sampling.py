@@ -1,4 +1,4 @@
-"""MoMA and what is done with samplers: inpainting, two passes, split runs, several evaluations in a step."""
+"""MoMA and what is done with samplers: inpainting, two passes, split runs, several evaluations in a step or none."""
 
 from itertools import pairwise
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 from comfy.conds import CONDNoiseShape
 from comfy.sd import VAE
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
+from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
 from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut
 from tiny_models import seeded, seeded_weight, tiny_model
 from torch.nn.functional import interpolate
@@ -153,6 +154,27 @@ def _continued(model: Any, subject: Any, latent: torch.Tensor) -> torch.Tensor:
     inputs = (4, 7.5, "euler", "normal", positive(subject), negative(), latent)
     with torch.inference_mode():
         return comfy.sample.sample(model, torch.zeros_like(latent), *inputs, disable_noise=True, start_step=2)
+
+
+@pytest.mark.parametrize("node", [EasyCacheNode, LazyCacheNode])
+def test_skipped_steps(full: Any, model: Any, adapter: Any, subject: Any, node: Any) -> None:
+    """Where nothing is skipped nothing changes; else fewer evaluations, one picture in both orders, and a mask."""
+
+    def cached(other: Any, threshold: float) -> Any:
+        return node.execute(other, threshold, 0.0, 1.0, False)[0]
+
+    options = {**SPLIT, "steps": 8, "size": (16, 16)}
+    evaluations = masks_used(full)
+    expected = run(full, subject, **options)
+    assert torch.equal(run(cached(full, 0.0), subject, **options), expected)
+    assert len(evaluations) == 2 * options["steps"]
+    evaluations.clear()
+    after, before = cached(full, 3.0), moma(cached(model, 3.0), adapter, subject, shortcut=tiny_shortcut())
+    ours = run(after, subject, **options)
+    assert 2 <= len(evaluations) < options["steps"]
+    assert torch.equal(run(before, subject, **options), ours)
+    assert not close(ours, run(cached(model, 3.0), subject, **options), 1e-2)
+    assert float(masks_of(after, ours)[subject.key].std()) > 0.05
 
 
 @pytest.mark.parametrize(
