@@ -58,28 +58,29 @@ def newly_compiled() -> int:
     return count
 
 
-def assert_same(patched: Any, subject: Any, **options: Any) -> None:
-    """Compiled and uncompiled runs give one picture and one mask."""
-    run = compiled(patched)
+def assert_same(patched: Any, run: Any, subject: Any, **options: Any) -> None:
+    """`run`, which is compiled, gives the picture and the mask of `patched`, which is not."""
     prompts = (positive(subject), negative())
     expected, found = (sample(model, *prompts, **options) for model in (patched, run))
     assert close(found, expected, 1e-5)
-    ours, theirs = (masks_of(patched, samples)[subject.key] for samples in (found, expected))
+    ours, theirs = masks_of(run, found)[subject.key], masks_of(patched, expected)[subject.key]
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert theirs.std() > 0.05
 
 
 def test_one_compilation_serves_all_steps_and_later_runs(model: Any, adapter: Any, subject: Any) -> None:
-    """Also with other weights, prompts' seeds and ranges, and beside the same checkpoint without MoMA."""
+    """Also with other weights, seeds and ranges, in either order, and beside the same checkpoint without MoMA."""
     plain = with_pytorch_attention(model)
     expected = sample(plain, positive(), negative())
     assert close(sample(compiled(plain), positive(), negative()), expected, 1e-5)
     assert newly_compiled() == 1
 
-    assert_same(moma(plain, adapter, subject, shortcut=tiny_shortcut()), subject, steps=4)
+    patched = moma(plain, adapter, subject, shortcut=tiny_shortcut())
+    assert_same(patched, compiled(patched), subject, steps=4)
     assert newly_compiled() == 1
-    changed = moma(plain, adapter, subject, weight=0.5, shortcut=tiny_shortcut(0.3, start=0.4, end=0.7))
-    assert_same(changed, subject, steps=6, seed=9)
+    other = {"weight": 0.5, "shortcut": tiny_shortcut(0.3, start=0.4, end=0.7)}
+    uncompiled, last = (moma(base, adapter, subject, **other) for base in (plain, compiled(plain)))
+    assert_same(uncompiled, last, subject, steps=6, seed=9)
     assert close(sample(compiled(plain), positive(), negative()), expected, 1e-5)
     assert newly_compiled() == 0
 
@@ -88,23 +89,25 @@ def test_one_compilation_serves_all_steps_and_later_runs(model: Any, adapter: An
 def test_what_changes_the_computation_is_noticed(model: Any, adapter: Any, subject: Any) -> None:
     """A part taken away, and another pack's patch in our slot with other settings."""
     plain = with_pytorch_attention(model)
-    assert_same(moma(plain, adapter, subject, shortcut=tiny_shortcut()), subject)
-    assert_same(moma(plain, adapter, subject), subject)
+    for parts in ({"shortcut": tiny_shortcut()}, {}):
+        patched = moma(plain, adapter, subject, **parts)
+        assert_same(patched, compiled(patched), subject)
     assert newly_compiled() == 2
     pictures = []
     for strength in (0.5, 2.0):
         patched = moma(scaled(plain, strength), adapter, subject)
-        assert_same(patched, subject)
+        assert_same(patched, compiled(patched), subject)
         pictures.append(sample(patched, positive(subject), negative()))
     assert not close(*pictures, 1e-3)
 
 
+@pytest.mark.parametrize("first", [True, False])
 def test_where_torch_gives_up_the_run_goes_on(
-    model: Any, adapter: Any, subject: Any, caplog: pytest.LogCaptureFixture
+    model: Any, adapter: Any, subject: Any, first: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With a CPU's default attention, which asks for free memory; other runs keep their compilation."""
     patched = moma(model, adapter, subject, shortcut=tiny_shortcut())
-    run = compiled(patched)
+    run = moma(compiled(model), adapter, subject, shortcut=tiny_shortcut()) if first else compiled(patched)
     with caplog.at_level(logging.WARNING):
         found = sample(run, positive(subject), negative())
     assert torch.equal(found, sample(patched, positive(subject), negative()))
