@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from measure import sampling_run, summary, timed_rounds, with_steps
+from scene import compiled
 from session import Session
 from workload import Scene, moma_model, prompts
 
@@ -17,7 +18,7 @@ def measure(session: Session, case: str) -> dict[str, Any]:
     """
     plan, scene = session.plan, Scene()
     models = {"plain": session.workload.model, "both": moma_model(session.workload, scene)}
-    models |= {f"{name}_compiled": _compiled(model, plan.compile_backend) for name, model in models.items()}
+    models |= {f"{name}_compiled": compiled(model, plan.compile_backend) for name, model in models.items()}
     conditionings = prompts(session.workload, scene)
     openers = {name: sampling_run(model, *conditionings, plan.compile_size) for name, model in models.items()}
     before, found = _graphs(), {}
@@ -36,17 +37,6 @@ def measure(session: Session, case: str) -> dict[str, Any]:
 def result(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The part's place in the results."""
     return measured["all"]
-
-
-def _compiled(model: Any, backend: str) -> Any:
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-    from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
-
-    clone = TorchCompileModel.execute(model, "inductor")[0]
-    if backend != "inductor":  # which is the node's own
-        options = {"guard_filter_fn": skip_torch_compile_dict}
-        set_torch_compile_wrapper(model=clone, backend=backend, options=options)
-    return clone
 
 
 def _graphs() -> int:

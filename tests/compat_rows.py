@@ -113,7 +113,7 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             "Tried with one made for this UNet; its extra evaluation does not touch the mask.",
             "compat_guidance::test_guidance_in_either_order",
         ),
-        Row("FreeU", WORKS, "Either order.", "compat_guidance::test_freeu_in_either_order"),
+        Row("FreeU, NAG", WORKS, "Either order.", "compat_guidance::test_changed_features_in_either_order"),
         Row("Perp-Neg (guider and node)", WORKS, "Both agree.", "compat_guidance::test_both_perp_neg_nodes_agree"),
         Row("CFG 1, LCM", WORKS, "No negative prompt is needed.", "compat_guidance::test_lcm_without_guidance"),
     ),
@@ -133,6 +133,12 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             "compat_guidance::test_sampler_custom_advanced_is_the_ksampler",
         ),
         Row("Img2img", WORKS, "", "sampling::test_img2img"),
+        Row(
+            "Deep Shrink (PatchModelAddDownscale)",
+            WORKS,
+            "Masks follow the layers' sizes.",
+            "compat_guidance::test_changed_features_in_either_order",
+        ),
         Row("Hires fix", WORKS, "Two sizes on one patched MODEL.", "compat_sampling::test_hires_fix"),
         Row("Noise mask", WORKS, "What is kept stays.", "compat_sampling::test_noise_mask"),
         Row(
@@ -277,6 +283,12 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             "In the first step.",
             "compat_attention::test_unknown_rearranging_is_refused_in_the_first_step",
             "another node changed the attention's input",
+        ),
+        Row(
+            "EasyCache, LazyCache",
+            WORKS,
+            "Steps that they skip leave the mask as it is.",
+            "compat_sampling::test_skipped_steps",
         ),
         Row(
             "TorchCompileModel",

@@ -58,6 +58,16 @@ def moma(model: Any, adapter: Any, subject: Any, weight: float | None = 1.0, sho
     return patched(model, (settings_of(model) or Settings()).with_subject(subject, adapter, **parts))
 
 
+def compiled(model: Any, backend: str = "eager") -> Any:
+    """What TorchCompileModel gives, with another backend than the node offers: "eager" needs no compiler."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
+
+    clone = TorchCompileModel.execute(model, "inductor")[0]
+    set_torch_compile_wrapper(model=clone, backend=backend, options={"guard_filter_fn": skip_torch_compile_dict})
+    return clone
+
+
 def positive(
     subject: Any | None = None, length: int = 77, seed: int = 7, tokens: tuple[int, ...] = WORD_TOKENS
 ) -> list:

@@ -7,10 +7,8 @@ from typing import Any
 import pytest
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
-from comfy_api.torch_helpers import set_torch_compile_wrapper
-from comfy_extras.nodes_torch_compile import TorchCompileModel, skip_torch_compile_dict
 from compat_rows import message
-from scene import close, masks_of, moma, negative, positive, sample, tiny_shortcut
+from scene import close, compiled, masks_of, moma, negative, positive, sample, tiny_shortcut
 from torch._dynamo.utils import counters
 
 COMPILED = "unique_graphs"
@@ -23,13 +21,6 @@ def fresh_torch() -> Iterator[None]:
     counters.clear()
     yield
     torch._dynamo.reset()
-
-
-def compiled(model: Any) -> Any:
-    """TorchCompileModel with a backend that needs no compiler; the node itself offers two that do."""
-    clone = TorchCompileModel.execute(model, "inductor")[0]
-    set_torch_compile_wrapper(model=clone, backend="eager", options={"guard_filter_fn": skip_torch_compile_dict})
-    return clone
 
 
 def with_pytorch_attention(model: Any) -> Any:

@@ -10,6 +10,8 @@ from comfy_extras.nodes_cfg import CFGZeroStar
 from comfy_extras.nodes_custom_sampler import CFGGuider, KSamplerSelect, Noise_RandomNoise, SamplerCustomAdvanced
 from comfy_extras.nodes_freelunch import FreeU_V2
 from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete, RescaleCFG
+from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
+from comfy_extras.nodes_nag import NAGuidance
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_perpneg import PerpNeg, PerpNegGuider
 from comfy_extras.nodes_sag import SelfAttentionGuidance
@@ -68,16 +70,24 @@ def test_guidance_in_either_order(model: Any, adapter: Any, subject: Any, full: 
     assert torch.allclose(one, other, atol=1e-5)
 
 
-def test_freeu_in_either_order(model: Any, adapter: Any, subject: Any, full: Any) -> None:
-    def freeu(other: Any) -> Any:
-        return FreeU_V2.execute(other, 1.3, 1.4, 0.9, 0.2)[0]
+CHANGED_FEATURES = {
+    "FreeU": lambda model: FreeU_V2.execute(model, 1.3, 1.4, 0.9, 0.2)[0],
+    "NAG": lambda model: NAGuidance.execute(model, 5.0, 0.5, 1.5)[0],
+    "Deep Shrink": lambda model: PatchModelAddDownscale.execute(model, 3, 2.0, 0.0, 0.9, True, "bicubic", "bicubic")[0],
+}
 
-    size = (16, 16)  # smaller ones make the node itself divide by zero
-    ours = run(freeu(full), subject, size=size)
-    before = moma(freeu(model), adapter, subject, shortcut=tiny_shortcut())
+
+@pytest.mark.parametrize("name", list(CHANGED_FEATURES))
+def test_changed_features_in_either_order(model: Any, adapter: Any, subject: Any, full: Any, name: str) -> None:
+    """Nodes that change what flows through the UNet, its size included: both orders agree, both nodes act."""
+    add = CHANGED_FEATURES[name]
+    size = (16, 16)  # smaller ones make FreeU divide by zero
+    after, before = add(full), moma(add(model), adapter, subject, shortcut=tiny_shortcut())
+    ours = run(after, subject, size=size)
     assert torch.equal(run(before, subject, size=size), ours)
-    for other in (full, freeu(model)):
+    for other in (full, add(model)):
         assert not close(ours, run(other, subject, size=size), 1e-2)
+    assert float(masks_of(after, ours)[subject.key].std()) > 0.05
 
 
 def guided(guider: Any, steps: int = 2) -> torch.Tensor:

@@ -4,30 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from scene import WORD_TOKENS, close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut
-from scene import tiny_subject as subject_of
-from tiny_models import tiny_model
+from scene import WORD_TOKENS, close, masks_of, moma, negative, positive, sample, tiny_shortcut
 
 import nodes
 
 SIZE = (16, 16)
 ONE_EVALUATION = {"size": SIZE, "steps": 2, "last_step": 1}
 LEFT, RIGHT = slice(0, 8), slice(8, 16)
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def adapter() -> Any:
-    return tiny_adapter()
-
-
-@pytest.fixture(scope="module")
-def subject(adapter: Any) -> Any:
-    return subject_of(adapter)
 
 
 @pytest.fixture

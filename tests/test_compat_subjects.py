@@ -13,19 +13,9 @@ from comfyui_moma.nodes.conditioning import MarkSubject, TextEncode
 from comfyui_moma.nodes.patches import ApplyAdapter
 from compat_rows import message
 from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
-from tiny_models import tiny_clip, tiny_model
+from tiny_models import tiny_clip
 
 ONE_EVALUATION = {"size": (16, 16), "steps": 2, "last_step": 1}
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def adapter() -> Any:
-    return tiny_adapter()
 
 
 @pytest.fixture(scope="module")

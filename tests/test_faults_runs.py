@@ -55,11 +55,6 @@ def expected() -> torch.Tensor:
     return fresh()
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model()
-
-
 @contextmanager
 def failing(model: Any, forward: int, failure: Callable[[], BaseException]) -> Iterator[None]:
     """The given forward raises in the middle of the UNet."""

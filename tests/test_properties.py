@@ -16,7 +16,7 @@ from comfyui_moma.moma_modules.subject import load_subject, save_subject
 from comfyui_moma.moma_modules.subject_tokens import PROMPT_TEMPLATE, fill_template
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from scene import masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
+from scene import masks_of, moma, negative, positive, sample, tiny_shortcut, tiny_subject
 from sentencepiece import SentencePieceProcessor
 from tiny_models import seeded, tiny_clip, tiny_model
 
@@ -56,11 +56,6 @@ few = settings(max_examples=25, deadline=None, derandomize=True)
 @pytest.fixture(scope="module")
 def clip() -> Any:
     return tiny_clip()
-
-
-@pytest.fixture(scope="module")
-def adapter() -> Any:
-    return tiny_adapter()
 
 
 @pytest.fixture(scope="module")

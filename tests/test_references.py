@@ -16,11 +16,6 @@ from tiny_models import seeded, tiny_model
 LORA_KEY = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_k.weight"
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return tiny_model()
-
-
 @pytest.fixture
 def adapter() -> Any:
     """One of its own for each test: the cache is the adapter's."""

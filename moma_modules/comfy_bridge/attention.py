@@ -1,5 +1,6 @@
 """Replacements for the UNet's attention calls. They hold no settings and no state: both come with each forward."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
 from typing import Any
@@ -12,7 +13,7 @@ FORWARD = "moma_forward"
 """Key of the current `Forward` in the transformer options."""
 
 
-class AttentionPatch:
+class AttentionPatch(ABC):
     """One entry of `patches_replace`: what sat in the slot before, plus MoMA, plus what others add.
 
     `add` is the protocol by which the IPAdapter family shares a cross-attention slot.
@@ -37,9 +38,9 @@ class AttentionPatch:
                 out = out + callback(out, q, k, v, extra_options, **kwargs)
         return out
 
+    @abstractmethod
     def add_subjects(self, out: Tensor, q: Tensor, k: Tensor, forward: Any, extra_options: dict[str, Any]) -> Tensor:
         """Add what MoMA contributes to this layer."""
-        raise NotImplementedError
 
     def add(self, callback: Callable[..., Tensor], **kwargs: Any) -> None:
         """Add `callback(out, q, k, v, extra_options, **kwargs)` to this layer's output.
