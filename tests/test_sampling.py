@@ -46,6 +46,30 @@ def test_zero_weight_and_strength_are_the_unpatched_model_to_the_bit(model: Any,
     )
 
 
+@pytest.mark.parametrize("kind", ["attn1", "attn2"])
+def test_strength_and_weight_scale_what_is_added(model: Any, adapter: Any, subject: Any, kind: str) -> None:
+    """In the first evaluation, at the first layer: half as strong adds half as much."""
+
+    def added(amount: float) -> torch.Tensor:
+        parts = {"weight": amount} if kind == "attn2" else {"weight": None, "shortcut": tiny_shortcut(amount, start=0)}
+        patched = moma(model, adapter, subject, **parts)
+        slot = patched.model_options["transformer_options"]["patches_replace"][kind][("input", 1)]
+        original, seen = slot.add_subjects, []
+
+        def add_subjects(out: torch.Tensor, *args: Any) -> torch.Tensor:
+            result = original(out, *args)
+            seen.append(result - out)
+            return result
+
+        slot.add_subjects = add_subjects
+        sample(patched, positive(subject), negative(), steps=1)
+        return seen[0]
+
+    whole, half = added(1.0), added(0.5)
+    assert whole.abs().max() > 1e-2
+    assert torch.allclose(half, 0.5 * whole, atol=1e-5)
+
+
 @pytest.mark.parametrize("window", [{"start": 0.0, "end": 0.0}, {"region": torch.zeros(1, 4, 4)}])
 def test_an_empty_window_is_off(model: Any, adapter: Any, subject: Any, window: dict[str, Any]) -> None:
     off = moma(model, adapter, subject, weight=None, shortcut=tiny_shortcut(**window))
