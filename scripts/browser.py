@@ -28,6 +28,9 @@ SETTINGS = {
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
 }
 """Of a user who has seen the tutorial, and wants to read everything from afar."""
+CUT_OFF = ("net::ERR_FAILED", "Connecting to 'https://", "Fetch API cannot load https://")
+"""How the console names requests to other hosts, which the editor makes on its own, such as for the sizes of missing
+models; `Editor` or ComfyUI's Content Security Policy stops them."""
 MARGIN = 30
 WAIT = 60_000
 
@@ -36,7 +39,7 @@ class Editor:
     """The editor of a running server.
 
     Attributes:
-        errors: What the page's console called an error since it was opened.
+        errors: What the page's console called an error since it was opened, but for requests to other hosts.
     """
 
     def __init__(self, page: Page, address: str) -> None:
@@ -162,8 +165,7 @@ class Editor:
         self.page.screenshot(path=path, clip=clip, animations="disabled")
 
     def _note(self, text: str, location: dict[str, Any]) -> None:
-        # Requests to other hosts are cut off above.
-        if "net::ERR_FAILED" not in text:
+        if not any(sign in text for sign in CUT_OFF):
             self.errors.append(f"{text} ({location.get('url', '')})")
 
 
