@@ -112,7 +112,7 @@ def main() -> None:
             found = environment()
         except SetupError as error:
             sys.exit(f"error: {error}")
-        variables = {**os.environ, "COMFYUI_PATH": str(found.comfyui), INSIDE: "1"}
+        variables = {**found.variables(), INSIDE: "1"}
         sys.exit(subprocess.run([found.python, __file__, *sys.argv[1:]], env=variables, check=False).returncode)
     try:
         results = run_inside(options)

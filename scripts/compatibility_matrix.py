@@ -5,7 +5,6 @@ docs/compatibility_versions.md; rows of combinations that did not run stay as th
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -72,8 +71,7 @@ def run(combination: Combination, pytest_arguments: list[str]) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [found.python, "-m", "pytest", "-q", "-m", CORE, f"--junitxml={report}", *pytest_arguments]
-        variables = {**os.environ, "COMFYUI_PATH": str(found.comfyui)}
-        status = subprocess.run(command, cwd=ROOT, env=variables, check=False).returncode
+        status = subprocess.run(command, cwd=ROOT, env=found.variables(), check=False).returncode
         if status not in (0, 1) or not report.is_file():  # 1: some tests failed; other ones mean that it did not run
             raise SetupError(f"pytest ended with status {status} on ComfyUI {found.name}, see its output above.")
         passed, failed = _counts(report)

@@ -20,5 +20,5 @@ def comfyui_inside(script: str) -> Path:
         found = environment()
     except SetupError as error:
         sys.exit(f"error: {error}")
-    variables = {**os.environ, "COMFYUI_PATH": str(found.comfyui), INSIDE: str(found.comfyui)}
+    variables = {**found.variables(), INSIDE: str(found.comfyui)}
     sys.exit(subprocess.run([found.python, script, *sys.argv[1:]], env=variables, check=False).returncode)

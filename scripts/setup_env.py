@@ -31,6 +31,15 @@ class Environment(NamedTuple):
     comfyui: Path
     python: Path
 
+    def variables(self) -> dict[str, str]:
+        """What its processes get: where ComfyUI lies, and where Python keeps what it compiles.
+
+        Containers often have Python keep nothing, and a server then compiles for 20 s at each start.
+        """
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        kept = {"PYTHONPYCACHEPREFIX": str(cache_dir() / "bytecode")}
+        return {**inherited, **kept, "COMFYUI_PATH": str(self.comfyui)}
+
 
 def ensure_venv(comfyui: Path, version: str, extras: Sequence[str] = ()) -> Path:
     """The Python of the cache's virtual environment for this ComfyUI, made anew unless it is up to date.

@@ -72,7 +72,7 @@ def command(found: Environment | None, *words: str) -> Step:
         if found is None:
             return _not_run()
         _announce(found, words)
-        return subprocess.run([found.python, *words], cwd=ROOT, env=_variables(found), check=False).returncode == 0
+        return subprocess.run([found.python, *words], cwd=ROOT, env=found.variables(), check=False).returncode == 0
 
     return step
 
@@ -87,7 +87,7 @@ def started(found: Environment | None, *words: str, cores: int, log: Path | None
     """
     if found is None:
         return _not_run
-    variables = {**_variables(found), "OMP_NUM_THREADS": str(cores)}
+    variables = {**found.variables(), "OMP_NUM_THREADS": str(cores)}
     output = log.open("wb") if log else None
     process = subprocess.Popen([found.python, *words], cwd=ROOT, env=variables, stdout=output, stderr=output)
 
@@ -108,10 +108,6 @@ def _not_run() -> bool:
 
 def _announce(found: Environment, words: tuple[str, ...]) -> None:
     print(f"$ COMFYUI_PATH={shlex.quote(str(found.comfyui))} {shlex.join([str(found.python), *words])}", flush=True)
-
-
-def _variables(found: Environment) -> dict[str, str]:
-    return {**os.environ, "COMFYUI_PATH": str(found.comfyui)}
 
 
 def set_up(steps: Steps, target: Target) -> Environment | None:

@@ -239,7 +239,7 @@ class ComfyServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
                 start_new_session=os.name != "nt",
             )
 

@@ -1,10 +1,11 @@
 """Every example workflow: its files agree with one another and with the nodes, and it runs to the end."""
 
+import functools
 import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from workflow_files import API, NAMES, NEWER_NODES, add_weights, api, known_to, 
 
 pytestmark = pytest.mark.server
 DATA = Path(__file__).parent / "data"
+Workflows = Callable[[str], tuple[Prompt, Run]]
 OUTPUTS = ("SaveImage", "MoMASubjectMask", "MoMASaveSubject")
 
 
@@ -56,10 +58,21 @@ def weights(server: ComfyServer, tmp_path_factory: pytest.TempPathFactory) -> No
 
 
 @pytest.fixture(scope="module")
-def first(server: ComfyServer, weights: None) -> tuple[Prompt, Run]:
-    """new_context, which also saves the subject that other workflows load."""
-    prompt = small(api("new_context"))
-    return prompt, server.run(prompt)
+def ran(server: ComfyServer, weights: None) -> Workflows:
+    """Workflows by name, each run at most once; new_context is, which saves the subject that others load."""
+
+    @functools.cache
+    def run(name: str) -> tuple[Prompt, Run]:
+        prompt = small(api(name))
+        return prompt, server.run(prompt)
+
+    run("new_context")
+    return run
+
+
+@pytest.fixture(scope="module")
+def first(ran: Workflows) -> tuple[Prompt, Run]:
+    return ran("new_context")
 
 
 def pictures(server: ComfyServer, prompt: Prompt, run: Run, kind: str = "SaveImage") -> list[np.ndarray]:
@@ -132,14 +145,11 @@ def test_the_workflows_pass_comfy_clis_validation(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "strength_study"])
-def test_each_workflow_runs_to_the_end(
-    server: ComfyServer, first: tuple[Prompt, Run], name: str, names: list[str]
-) -> None:
+def test_each_workflow_runs_to_the_end(server: ComfyServer, ran: Workflows, name: str, names: list[str]) -> None:
     if name not in names:
         assert name in NEWER_NODES
         return
-    prompt = small(api(name))
-    run = server.run(prompt)
+    prompt, run = ran(name)
     wanted = {node for node, content in prompt.items() if content["class_type"] in OUTPUTS}
     assert wanted <= set(run.outputs)
     found = pictures(server, prompt, run)
@@ -153,16 +163,15 @@ def test_each_workflow_runs_to_the_end(
 
 
 @pytest.mark.slow
-def test_extras_change_the_picture(server: ComfyServer, first: tuple[Prompt, Run], names: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "strength"),
+    [("pose", "ControlNetApplyAdvanced", "strength"), ("style_lora", "LoraLoader", "strength_model")],
+)
+def test_an_extra_changes_the_picture(server: ComfyServer, ran: Workflows, name: str, kind: str, strength: str) -> None:
     """The random ControlNet and LoRA are loaded and act."""
-    pose = small(api("pose"))
-    (applied,) = [node for node in pose.values() if node["class_type"] == "ControlNetApplyAdvanced"]
-    style = small(api("style_lora"))
-    (lora,) = [node for node in style.values() if node["class_type"] == "LoraLoader"]
-    for prompt, changed, name in ((pose, applied, "strength"), (style, lora, "strength_model")):
-        with_extra = pictures(server, prompt, server.run(prompt))[0]
-        changed["inputs"][name] = 0.0
-        assert not np.array_equal(with_extra, pictures(server, prompt, server.run(prompt))[0])
+    without = small(api(name))
+    inputs(without, kind)[strength] = 0.0
+    assert not np.array_equal(pictures(server, *ran(name))[0], pictures(server, without, server.run(without))[0])
 
 
 @pytest.mark.slow
