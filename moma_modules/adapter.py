@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .adapter_file import IMAGE_TOKENS, LAYER_COUNT, AdapterWeights, read_adapter
 from .comfy_bridge.reference_cache import ReferenceCache
+from .comfy_bridge.reference_encoding import EncodedReferences
 
 
 class Projector(nn.Module):
@@ -83,6 +84,7 @@ class Adapter:
         scales: `scale_learnable` per self-attention layer (16).
         layer_sizes: Channels per attention layer (32).
         reference_cache: Results of reference passes that went through this adapter.
+        encoded_references: What they looked at.
     """
 
     patcher: comfy.model_patcher.ModelPatcher
@@ -94,6 +96,7 @@ class Adapter:
     context_size: int
     hidden_size: int
     reference_cache: ReferenceCache = field(default_factory=ReferenceCache, compare=False)
+    encoded_references: EncodedReferences = field(default_factory=EncodedReferences, compare=False)
 
     @property
     def module(self) -> AdapterModule:

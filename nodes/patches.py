@@ -8,7 +8,6 @@ from comfy_api.latest import io
 from ..moma_modules.adapter import Adapter
 from ..moma_modules.comfy_bridge.patching import patched, settings_of
 from ..moma_modules.comfy_bridge.settings import ImageTokens, Settings, Shortcut, Window
-from ..moma_modules.comfy_bridge.text import encode_word
 from ..moma_modules.comfy_bridge.unet import check_model
 from ..moma_modules.subject import Subject
 from .types import CATEGORY, SEARCH_ALIASES, MomaAdapter, MomaSubject
@@ -184,16 +183,11 @@ class SelfAttnShortcut(io.ComfyNode):
         region_mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         settings = _check(model, adapter, subject)
-        latent = vae.encode(subject.images.float() / 255).detach().to("cpu", torch.float32)
-        if latent.ndim != 4 or latent.shape[1] != 4 or not latent.isfinite().all():
-            raise ValueError(
-                f"vae gave a latent of shape {tuple(latent.shape)} for the reference picture(s), or NaN. Connect the "
-                "VAE of an SD1.5 checkpoint (with NaN: start ComfyUI with --fp32-vae)."
-            )
+        encoded = adapter.encoded_references.encode(subject, vae, clip)
         part = Shortcut(
-            latent=latent,
-            text=encode_word(clip, subject.word),
-            noise=torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed)),
+            latent=encoded.latent,
+            text=encoded.text,
+            noise=torch.randn(encoded.latent.shape, generator=torch.Generator().manual_seed(seed)),
             strength=strength,
             window=_window(start_percent, end_percent, region_mask),
         )

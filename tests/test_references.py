@@ -1,5 +1,7 @@
 """Several references of one subject, and reference passes kept from run to run."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -8,10 +10,12 @@ from typing import Any
 import comfy.model_management
 import pytest
 import torch
-from comfyui_moma.moma_modules.comfy_bridge import reference_cache
+from comfyui_moma.moma_modules.comfy_bridge import reference_cache, reference_encoding
+from comfyui_moma.moma_modules.comfy_bridge.patching import settings_of
 from comfyui_moma.moma_modules.subject import combine_subjects
+from comfyui_moma.nodes.patches import SelfAttnShortcut
 from scene import CONTEXT, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
-from tiny_models import seeded, tiny_model
+from tiny_models import seeded, tiny_clip, tiny_model, tiny_vae
 
 LORA_KEY = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_k.weight"
 
@@ -104,6 +108,71 @@ def test_the_cache_is_bounded(model: Any, adapter: Any, monkeypatch: pytest.Monk
         for subject in (one, two, two, one):
             run(patched[id(subject)], subject)
     assert rows.count(1) == 3
+
+
+@contextmanager
+def encodings(vae: Any, clip: Any) -> Iterator[list[str]]:
+    """What was encoded in the block: "picture" for one through the VAE, "text" for one through CLIP."""
+    seen: list[str] = []
+    hooks = [
+        vae.first_stage_model.taesd_encoder.register_forward_hook(lambda *_: seen.append("picture")),
+        clip.cond_stage_model.clip_l.transformer.register_forward_hook(lambda *_: seen.append("text")),
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_the_reference_is_encoded_once_for_all_strengths(model: Any, adapter: Any) -> None:
+    """Until VAE, CLIP, pictures or word are others; then the result is that of an adapter that saw nothing before."""
+    vae, clip = tiny_vae(), tiny_clip()
+    subject = tiny_subject(adapter)
+
+    def shortcut(vae: Any, clip: Any, subject: Any, adapter: Any = adapter, strength: float = 1.0) -> Any:
+        (patched,) = SelfAttnShortcut.execute(model, adapter, subject, vae, clip, strength, 0.05, 1.0, 0).args
+        return settings_of(patched).subjects[0].shortcut
+
+    with encodings(vae, clip) as seen:
+        first = shortcut(vae, clip, subject)
+        assert sorted(seen) == ["picture", "text"]
+        another = replace(subject, embedding=subject.embedding + 1)  # as for another prompt
+        for who, strength in ((subject, 0.4), (another, 1.0)):
+            again = shortcut(vae, clip, who, strength=strength)
+            assert torch.equal(again.latent, first.latent) and torch.equal(again.text, first.text)
+            assert again.strength == strength
+        assert sorted(seen) == ["picture", "text"]
+    patched_clip = clip.clone()
+    changed = {
+        "pictures": (vae, clip, replace(subject, images=255 - subject.images), ["picture"]),
+        "word": (vae, clip, replace(subject, word="dog"), ["text"]),
+        "CLIP": (vae, patched_clip, subject, ["text"]),
+        "VAE": (tiny_vae(scale=0.9), patched_clip, subject, ["picture"]),
+    }
+    for name, (vae_now, clip_now, who, again) in changed.items():
+        with encodings(vae_now, clip_now) as seen:
+            now = shortcut(vae_now, clip_now, who)
+            assert seen == again, name
+        fresh = shortcut(vae_now, clip_now, who, tiny_adapter())
+        assert torch.equal(now.latent, fresh.latent) and torch.equal(now.text, fresh.text), name
+        assert torch.equal(now.latent, first.latent) == (name in ("CLIP", "word")), name
+        assert torch.equal(now.text, first.text) == (name != "word"), name
+
+
+def test_kept_encodings_are_bounded_and_keep_no_vae(model: Any, adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference_encoding, "CAPACITY", 2)
+    vae, clip = tiny_vae(), tiny_clip()
+    kept = adapter.encoded_references
+    one, two, three = (tiny_subject(adapter, seed=seed) for seed in (1, 2, 3))
+    with encodings(vae, clip) as seen:
+        for subject in (one, two, one, three, one, two):
+            kept.encode(subject, vae, clip)
+    assert seen.count("picture") == 4
+    gone = weakref.ref(vae)
+    del vae
+    gc.collect()
+    assert gone() is None
 
 
 def test_combined_subjects_hold_all_references_and_the_mean_embedding(adapter: Any) -> None:

@@ -6,9 +6,7 @@ from typing import Any
 
 import comfy.model_base
 import comfy.model_patcher
-import comfy.sd
 import comfy.supported_models
-import comfy.taesd.taesd
 import folder_paths
 import pytest
 import torch
@@ -19,7 +17,7 @@ from comfyui_moma.nodes.mask import SubjectMask
 from comfyui_moma.nodes.patches import ApplyAdapter, SelfAttnShortcut
 from comfyui_moma.nodes.subject import ExtractSubject, LoadSubject
 from scene import moma, negative, positive, sample, tiny_adapter, tiny_subject
-from tiny_models import TINY, adapter_groups, tiny_model
+from tiny_models import TINY, adapter_groups, tiny_model, tiny_vae
 
 DATA = Path(__file__).parent / "data"
 
@@ -90,15 +88,9 @@ def test_a_broken_region_mask(model: Any, adapter: Any, subject: Any) -> None:
             apply(model, adapter, subject, region_mask=region)
 
 
-def tiny_vae(fill: float | None = None) -> comfy.sd.VAE:
-    """A real VAE of ComfyUI's, the smallest kind."""
-    weights = comfy.taesd.taesd.TAESD(latent_channels=4).state_dict()
-    return comfy.sd.VAE(sd=weights if fill is None else {k: torch.full_like(v, fill) for k, v in weights.items()})
-
-
 def test_a_vae_that_gives_nan(model: Any, adapter: Any, subject: Any) -> None:
     with pytest.raises(ValueError, match=r"^vae gave a latent of shape \(1, 4, 8, 8\).*--fp32-vae"):
-        SelfAttnShortcut.execute(model, adapter, subject, tiny_vae(torch.nan), None, 1.0, 0.0, 1.0, 0)
+        SelfAttnShortcut.execute(model, adapter, subject, tiny_vae(scale=torch.nan), None, 1.0, 0.0, 1.0, 0)
 
 
 def test_multigpu_is_refused(model: Any, adapter: Any, subject: Any) -> None:

@@ -149,3 +149,12 @@ def tiny_clip() -> Any:
     for name, weight in clip.cond_stage_model.named_parameters():
         weight.data = 0.05 * seeded(61, name, tuple(weight.shape))
     return clip
+
+
+def tiny_vae(scale: float = 1.0) -> Any:
+    """A VAE of ComfyUI's smallest kind (TAESD), its weights times `scale`."""
+    import comfy.sd
+    import comfy.taesd.taesd
+
+    shapes = comfy.taesd.taesd.TAESD(latent_channels=4).state_dict()
+    return comfy.sd.VAE(sd={k: scale * seeded_weight(62, k, tuple(value.shape)) for k, value in shapes.items()})

@@ -72,7 +72,7 @@ class ReferenceCache:
         """Keep a result in CPU memory. Those of models that are gone make room."""
         for old in [k for k, entry in self._entries.items() if k == key or entry.model() is None]:
             del self._entries[old]
-        self._entries[key] = _Entry(_known(model), tuple(map(_known, parts)), _moved(value, torch.device("cpu")))
+        self._entries[key] = _Entry(identity(model), tuple(map(identity, parts)), _moved(value, torch.device("cpu")))
         while len(self._entries) > 1 and sum(_size(entry.value) for entry in self._entries.values()) > CAPACITY:
             self._entries.popitem(last=False)
 
@@ -86,7 +86,7 @@ def content_hash(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _known(part: Any) -> Callable[[], Any]:
+def identity(part: Any) -> Callable[[], Any]:
     """How to compare with this object later, without keeping it alive where Python can do that."""
     try:
         return weakref.ref(part)
