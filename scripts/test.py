@@ -1,8 +1,8 @@
 """The one test command: `python3 scripts/test.py` sets up what it needs, then lints, checks types and runs the tests.
 
 All tests run on the newest ComfyUI, all but the slow ones on the oldest that the pack supports; with `COMFYUI_PATH`
-set, all on that ComfyUI alone. Most tests use one core, so both versions run at the same time; the slow ones, with
-full-size models, have the machine for themselves.
+set, all on that ComfyUI alone. Most tests use one core, so both versions run at the same time; of the slow ones two
+files do.
 """
 
 import argparse
@@ -166,20 +166,22 @@ def run_tests(
     steps: Steps, pairs: list[tuple[Target, Environment | None]], pytest_arguments: list[str], logs: Path
 ) -> None:
     """First all but the slow tests, on all targets at once; then the slow ones of each target that has them."""
-    cores = os.cpu_count() or 1
-    chosen = bool(pytest_arguments)
 
-    def start(found: Environment | None, selection: str, share: int, log: Path | None) -> Step:
-        words = ("-m", "pytest", "-m", selection, *pytest_arguments)
-        return started(found, *words, cores=max(cores // share, 1), log=log, none_is_fine=chosen)
+    def start(found: Environment | None, *words: str, share: int, log: Path | None = None) -> Step:
+        command = ("-m", "pytest", *words, *pytest_arguments)
+        cores = max((os.cpu_count() or 1) // share, 1)
+        return started(found, *command, cores=cores, log=log, none_is_fine=bool(pytest_arguments))
 
     logged = [logs / f"{number}.log" if number else None for number in range(len(pairs))]
-    waiting = [start(found, "not slow", len(pairs), log) for (_, found), log in zip(pairs, logged, strict=True)]
+    waiting = [
+        start(found, "-m", "not slow", share=len(pairs), log=log) for (_, found), log in zip(pairs, logged, strict=True)
+    ]
     for (target, _), step in zip(pairs, waiting, strict=True):
         steps.run(f"pytest on {target.name}, without the slow tests", step)
     for target, found in pairs:
         if target.slow:
-            steps.run(f"pytest on {target.name}, the slow tests", start(found, "slow", 1, None))
+            words = ("-m", "slow", "--numprocesses=2", "--dist=loadfile")
+            steps.run(f"pytest on {target.name}, the slow tests", start(found, *words, share=2))
 
 
 def parse_arguments(words: list[str]) -> tuple[list[Target], list[str]]:

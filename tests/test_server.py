@@ -189,12 +189,13 @@ def test_another_seed_does_not_run_the_mllm(server: ComfyServer, first: tuple[Ru
 
 
 @pytest.mark.slow
-def test_the_saved_subject_gives_the_same_picture_without_the_mllm(
-    server: ComfyServer, first: tuple[Run, np.ndarray]
-) -> None:
-    prompt = api("from_subject")
+def test_a_prompt_without_the_subject_warns_at_the_node(server: ComfyServer) -> None:
+    prompt = api("new_context")
+    inputs(prompt, "MoMATextEncode").update(prompt="A beach.", template="{prompt}")
     run = server.run(prompt)
-    assert np.array_equal(picture(server, prompt, run), first[1])
+    (warning,) = run.outputs[find(prompt, "MoMATextEncode")]["text"]
+    assert "the subject 'cup' is not among the words of the prompt 'A beach.'" in warning
+    assert picture(server, prompt, run).std() > 1
 
 
 @pytest.mark.slow
@@ -216,6 +217,15 @@ def test_an_interrupted_run_can_be_run_again(server: ComfyServer) -> None:
     fresh = server.run(prompt)
     assert sampler in fresh.executed
     assert np.array_equal(picture(server, prompt, fresh), after)
+
+
+@pytest.mark.slow
+def test_the_saved_subject_gives_the_same_picture_without_the_mllm(
+    server: ComfyServer, first: tuple[Run, np.ndarray]
+) -> None:
+    prompt = api("from_subject")
+    run = server.run(prompt)
+    assert np.array_equal(picture(server, prompt, run), first[1])
 
 
 @pytest.mark.slow
@@ -250,13 +260,3 @@ def test_an_empty_mask_is_refused_at_the_node(server: ComfyServer) -> None:
     with pytest.raises(ExecutionFailedError, match="^MoMAExtractSubject: mask is empty: no pixel is marked") as failure:
         server.run(prompt)
     assert failure.value.node_type == "MoMAExtractSubject"
-
-
-@pytest.mark.slow
-def test_a_prompt_without_the_subject_warns_at_the_node(server: ComfyServer) -> None:
-    prompt = api("new_context")
-    inputs(prompt, "MoMATextEncode").update(prompt="A beach.", template="{prompt}")
-    run = server.run(prompt)
-    (warning,) = run.outputs[find(prompt, "MoMATextEncode")]["text"]
-    assert "the subject 'cup' is not among the words of the prompt 'A beach.'" in warning
-    assert picture(server, prompt, run).std() > 1

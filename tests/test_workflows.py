@@ -82,8 +82,9 @@ def pictures(server: ComfyServer, prompt: Prompt, run: Run, kind: str = "SaveIma
 
 
 def inputs(prompt: Prompt, kind: str) -> dict[str, Any]:
-    (found,) = [node["inputs"] for node in prompt.values() if node["class_type"] == kind]
-    return dict(found)
+    """The inputs of the one node of a class."""
+    (node,) = [node for node in prompt.values() if node["class_type"] == kind]
+    return node["inputs"]
 
 
 def test_the_workflows_are_in_the_template_browser_with_pictures(server: ComfyServer) -> None:
@@ -190,15 +191,12 @@ def test_the_blueprint_gives_what_new_context_gives(server: ComfyServer, first: 
 def test_each_cell_of_the_study_is_the_picture_of_those_numbers(server: ComfyServer, first: tuple[Prompt, Run]) -> None:
     prompt = small(api("strength_study"))
     (name,) = [name for name, node in prompt.items() if node["class_type"] == "MoMAStrengthStudy"]
-    (saver,) = [node for node in prompt.values() if node["class_type"] == "SaveImage"]
-    saver["inputs"]["images"] = [name, 1]
-    prompt[name]["inputs"] |= {"strengths": "0.4, 1.0", "weights": "1.0", "steps": 1}
-    low, high = pictures(server, prompt, server.run(prompt))
-    assert np.array_equal(high, pictures(server, *first)[0]) and not np.array_equal(low, high)
-    prompt[name]["inputs"]["strengths"] = "0.4, 1.0, 0.0"
-    saver["inputs"]["images"] = [name, 0]
-    run = server.run(prompt)
-    (sheet,) = pictures(server, prompt, run)
+    prompt[name]["inputs"] |= {"strengths": "0.4, 1.0, 0.0", "weights": "1.0"}
+    save = {"class_type": "SaveImage", "inputs": {"images": [name, 1], "filename_prefix": "cells"}, "_meta": {}}
+    prompt["cells"] = save
+    sheet, low, high, off = pictures(server, prompt, server.run(prompt))
+    assert np.array_equal(high, pictures(server, *first)[0])
+    assert not np.array_equal(low, high) and not np.array_equal(low, off)
     assert sheet.shape[1] > 3 * 128 and sheet.shape[0] > 128
 
 
