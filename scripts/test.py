@@ -1,8 +1,8 @@
 """The one test command: `python3 scripts/test.py` sets up what it needs, then lints, checks types and runs the tests.
 
 All tests run on the newest ComfyUI, all but the slow ones on the oldest that the pack supports; with `COMFYUI_PATH`
-set, all on that ComfyUI alone. Most tests use one core, so both versions run at the same time; of the slow ones two
-files do.
+set, all on that ComfyUI alone. Most tests use one core, so both versions run at the same time; the slow ones, on the
+newest alone, run two files at a time.
 """
 
 import argparse

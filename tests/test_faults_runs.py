@@ -100,7 +100,7 @@ def belongings(patcher: Any) -> dict[str, Any]:
 def test_a_run_that_fails_leaves_nothing(model: Any, expected: torch.Tensor, place: str, failure: str) -> None:
     patched, subject = full(model, tiny_adapter())
     run(patched, subject, steps=1, seed=99)
-    settings_of(patched).subjects[0].adapter.reference_cache._entries.clear()
+    settings_of(patched).subjects[0].adapter.reference_cache.kept.clear()
     before = belongings(patched)
     raised = type(FAILURES[failure]())
     with failing(model, FORWARDS[place], FAILURES[failure]):
@@ -270,4 +270,4 @@ def test_a_model_that_is_let_go_is_freed() -> None:
     assert [reference() for reference in gone] == [None] * 3
     # What was kept for it goes with the next reference pass.
     run(*full(tiny_model(), adapter))
-    assert len(adapter.reference_cache._entries) == 1
+    assert len(adapter.reference_cache.kept) == 1

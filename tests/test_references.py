@@ -10,7 +10,6 @@ from typing import Any
 import comfy.model_management
 import pytest
 import torch
-from comfyui_moma.moma_modules.comfy_bridge import reference_cache, reference_encoding
 from comfyui_moma.moma_modules.comfy_bridge.patching import settings_of
 from comfyui_moma.moma_modules.subject import combine_subjects
 from comfyui_moma.nodes.patches import SelfAttnShortcut
@@ -99,8 +98,8 @@ def test_an_interrupted_reference_pass_is_not_kept(model: Any, adapter: Any) -> 
     assert rows == [1, 2, 2]
 
 
-def test_the_cache_is_bounded(model: Any, adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference_cache, "CAPACITY", 1)
+def test_the_cache_is_bounded(model: Any, adapter: Any) -> None:
+    adapter.reference_cache.kept.capacity = 1
     one, two = tiny_subject(adapter), tiny_subject(adapter, seed=9)
     two = replace(two, masks=~two.masks)
     patched = {id(s): moma(model, adapter, s, shortcut=tiny_shortcut()) for s in (one, two)}
@@ -160,10 +159,10 @@ def test_the_reference_is_encoded_once_for_all_strengths(model: Any, adapter: An
         assert torch.equal(now.text, first.text) == (name != "word"), name
 
 
-def test_kept_encodings_are_bounded_and_keep_no_vae(model: Any, adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference_encoding, "CAPACITY", 2)
+def test_kept_encodings_are_bounded_and_keep_no_vae(adapter: Any) -> None:
     vae, clip = tiny_vae(), tiny_clip()
     kept = adapter.encoded_references
+    kept.pictures.capacity = 2 * 4 * 8 * 8 * 4  # two latents [1, 4, 8, 8] in float32
     one, two, three = (tiny_subject(adapter, seed=seed) for seed in (1, 2, 3))
     with encodings(vae, clip) as seen:
         for subject in (one, two, one, three, one, two):

@@ -11,7 +11,8 @@ from torch.nn.functional import interpolate
 
 from ..adapter import Adapter
 from .attention import plain_attention
-from .reference_cache import KeysValues, ReferenceKey, content_hash
+from .kept import content_hash
+from .reference_cache import KeysValues, ReferenceKey
 from .settings import Shortcut, SubjectSettings
 from .unet import BLOCKS
 

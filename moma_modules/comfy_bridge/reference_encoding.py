@@ -1,7 +1,5 @@
 """What the reference pass is made of: the pictures through the VAE, the word through CLIP; kept for the next graph."""
 
-from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,11 +7,11 @@ import torch
 from torch import Tensor
 
 from ..subject import Subject
-from .reference_cache import content_hash, identity
+from .kept import Kept, content_hash
 from .text import encode_word
 
-CAPACITY = 16
-"""Pictures and words per loaded adapter; each takes less than a megabyte of CPU memory."""
+CAPACITY = 16 * 2**20
+"""Bytes of CPU memory for each of pictures and words, per loaded adapter. One reference takes 64 kB."""
 
 
 @dataclass(frozen=True)
@@ -29,28 +27,16 @@ class EncodedReference:
     text: Tensor
 
 
-@dataclass
-class _Encodings:
-    """Tensors by what was encoded; the longest unused give way. The encoder must be the same object; it may go."""
-
-    _entries: OrderedDict[str, tuple[Callable[[], Any], Tensor]] = field(default_factory=OrderedDict, repr=False)
-
-    def find_or_make(self, content: str, encoder: Any, encode: Callable[[], Tensor]) -> Tensor:
-        known = self._entries.get(content)
-        if known is None or known[0]() is not encoder:
-            known = self._entries[content] = (identity(encoder), encode())
-        self._entries.move_to_end(content)
-        while len(self._entries) > CAPACITY:
-            self._entries.popitem(last=False)
-        return known[1]
+def _encodings() -> Kept[Tensor]:
+    return Kept(lambda tensor: tensor.nbytes, CAPACITY)
 
 
 @dataclass
 class EncodedReferences:
-    """What went through a VAE or a CLIP. Belongs to a loaded adapter and goes with it."""
+    """What went through a VAE or a CLIP, as long as they are the same objects. Belongs to a loaded adapter."""
 
-    _pictures: _Encodings = field(default_factory=_Encodings, repr=False)
-    _words: _Encodings = field(default_factory=_Encodings, repr=False)
+    pictures: Kept[Tensor] = field(default_factory=_encodings)
+    words: Kept[Tensor] = field(default_factory=_encodings)
 
     def encode(self, subject: Subject, vae: Any, clip: Any) -> EncodedReference:
         """Encode what this VAE and this CLIP have not encoded yet.
@@ -62,10 +48,16 @@ class EncodedReferences:
         Raises:
             ValueError: One of them is not SD1.5's, or the VAE gave NaN.
         """
-        return EncodedReference(
-            latent=self._pictures.find_or_make(content_hash([subject.images]), vae, lambda: _latent(subject, vae)),
-            text=self._words.find_or_make(subject.word, clip, lambda: encode_word(clip, subject.word)),
-        )
+        pictures = content_hash([subject.images])
+        latent = self.pictures.find(pictures, (vae,))
+        if latent is None:
+            latent = _latent(subject, vae)
+            self.pictures.keep(pictures, (vae,), latent)
+        text = self.words.find(subject.word, (clip,))
+        if text is None:
+            text = encode_word(clip, subject.word)
+            self.words.keep(subject.word, (clip,), text)
+        return EncodedReference(latent, text)
 
 
 def _latent(subject: Subject, vae: Any) -> Tensor:

@@ -4,6 +4,7 @@ Every leaf is ComfyUI's Linear, with a weight of its own dtype that is brought t
 unpacked there. What belongs to a packed weight is a parameter too: all of it moves, is counted and is freed together.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -44,19 +45,14 @@ class CastLinear(comfy.ops.manual_cast.Linear):
         return super()._apply(fn, recurse)
 
 
-class PackedLinear(CastLinear):
+class PackedLinear(CastLinear, ABC):
     """A weight packed smaller with scales, unpacked at each use."""
 
     weight_scale: Tensor
 
-    @staticmethod
-    def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-        """A weight [rows, columns] as (packed weight, float32 scales)."""
-        raise NotImplementedError
-
+    @abstractmethod
     def multiply(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         """The product, [..., columns] to [..., rows], all on one device."""
-        raise NotImplementedError
 
     def forward_comfy_cast_weights(self, x: Tensor) -> Tensor:
         """Bring the packed weight to the input's device and multiply."""
@@ -68,6 +64,15 @@ class PackedLinear(CastLinear):
         return product
 
 
+class PackingLinear(PackedLinear):
+    """One that packs weights of 16 or 32 bit itself."""
+
+    @staticmethod
+    @abstractmethod
+    def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """A weight [rows, columns] as (packed weight, float32 scales)."""
+
+
 class RowScaledLinear(PackedLinear):
     """8 bit with a scale per row, see `quantize`; computes in the input's dtype. Needs no extra library."""
 
@@ -77,7 +82,7 @@ class RowScaledLinear(PackedLinear):
         return nn.functional.linear(x, dense, bias)
 
 
-class Fp8Linear(RowScaledLinear):
+class Fp8Linear(RowScaledLinear, PackingLinear):
     """float8_e4m3fn with a scale per row."""
 
     @staticmethod
@@ -86,7 +91,7 @@ class Fp8Linear(RowScaledLinear):
         return quantize_rows(weight, torch.float8_e4m3fn)
 
 
-class Int8Linear(PackedLinear):
+class Int8Linear(PackingLinear):
     """LLM.int8() of bitsandbytes: 8-bit products on the GPU, with outliers in 16 bit.
 
     Not bitsandbytes' own layer: that one moves its weight, after the first use, to where `.to()` does not find it.
@@ -111,7 +116,7 @@ class Int8Linear(PackedLinear):
         return bitsandbytes.matmul(values, weight, bias=bias, state=state).to(x.dtype)
 
 
-class Nf4Linear(PackedLinear):
+class Nf4Linear(PackingLinear):
     """4-bit NormalFloat of bitsandbytes, with a scale per `NF4_BLOCK` weights; computes in the input's dtype."""
 
     @staticmethod

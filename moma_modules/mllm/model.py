@@ -22,7 +22,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaMo
 
 from .checkpoint import Checkpoint, read_checkpoint
 from .identity import checkpoint_identity
-from .leaves import CastLinear, PackedLinear, RowScaledLinear, comfy_leaf
+from .leaves import CastLinear, PackingLinear, RowScaledLinear, comfy_leaf
 from .precision import PACKED, Plan, is_language_matrix, make_plan
 from .quantize import QUANTIZED_DTYPES, SCALE_SUFFIX
 from .shapes import LanguageShape, VisionShape
@@ -221,10 +221,9 @@ def _fill(module: MllmModule, key: str, weights: dict[str, Tensor], compute_dtyp
     owner_name, _, name = key.rpartition(".")
     owner, tensor = module.get_submodule(owner_name), weights[key]
     parts = {name: tensor}
-    if name == "weight" and isinstance(owner, PackedLinear):
-        if key + SCALE_SUFFIX not in weights:
-            packed, scale = owner.pack(tensor)
-            parts = {"weight": packed, "weight" + SCALE_SUFFIX: scale}
+    if name == "weight" and isinstance(owner, PackingLinear):
+        packed, scale = owner.pack(tensor)
+        parts = {"weight": packed, "weight" + SCALE_SUFFIX: scale}
     elif not isinstance(owner, (Linear, nn.Embedding)):
         parts = {name: tensor.to(compute_dtype)}  # all but the matrices are a few thousand values
     for part, value in parts.items():
