@@ -1,5 +1,6 @@
 """Several references of one subject, and reference passes kept from run to run."""
 
+import copy
 import gc
 import weakref
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from comfyui_moma.nodes.patches import SelfAttnShortcut
 from scene import CONTEXT, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
 from tiny_models import seeded, tiny_clip, tiny_model, tiny_vae
 
-LORA_KEY = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_k.weight"
+LAYER = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_k"
+LORA_KEY = f"{LAYER}.weight"
 
 
 @pytest.fixture
@@ -46,6 +48,24 @@ def with_lora(model: Any, strength: float = 1.0) -> Any:
     return lora
 
 
+def with_object_patch(model: Any) -> Any:
+    """With another layer in the place of one, as some packs do; ComfyUI counts that as no change of the weights."""
+    other = model.clone()
+    layer = copy.deepcopy(model.get_model_object(LAYER))
+    layer.weight.data += 1
+    other.add_object_patch(LAYER, layer)
+    return other
+
+
+def with_attention(model: Any) -> Any:
+    """With another attention function, as some packs do."""
+    other = model.clone()
+    other.model_options["transformer_options"]["optimized_attention_override"] = lambda function, *args, **kwargs: (
+        0.5 * function(*args, **kwargs)
+    )
+    return other
+
+
 def test_the_reference_pass_is_not_repeated_for_another_seed_or_strength(model: Any, adapter: Any) -> None:
     subject = tiny_subject(adapter)
     patched = moma(model, adapter, subject, shortcut=tiny_shortcut())
@@ -71,6 +91,10 @@ def test_whatever_the_reference_pass_depends_on_repeats_it(model: Any, adapter: 
         "text": (model, subject, replace(shortcut, text=shortcut.text + 1)),
         "seed": (model, subject, replace(shortcut, noise=shortcut.noise + 1)),
         "LoRA": (with_lora(model), subject, shortcut),
+        "layer": (with_object_patch(model), subject, shortcut),
+        "another layer": (with_object_patch(model), subject, shortcut),
+        "attention": (with_attention(model), subject, shortcut),
+        "another attention": (with_attention(model), subject, shortcut),
         "another checkpoint": (tiny_model(), subject, shortcut),
     }
     for name, (other, who, how) in changed.items():
