@@ -32,7 +32,8 @@ CUT_OFF = ("net::ERR_FAILED", "Connecting to 'https://", "Fetch API cannot load 
 """How the console names requests to other hosts, which the editor makes on its own, such as for the sizes of missing
 models; `Editor` or ComfyUI's Content Security Policy stops them."""
 MARGIN = 30
-WAIT = 60_000
+WAIT = 300_000
+"""Milliseconds, of which a slow machine may need many."""
 
 
 class Editor:

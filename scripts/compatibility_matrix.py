@@ -94,7 +94,7 @@ def _versions(found: Environment) -> list[str]:
         "import platform; from importlib.metadata import version; "
         "print(version('transformers'), version('torch'), platform.python_version())"
     )
-    return subprocess.run([found.python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    return subprocess.run([found.python, "-c", code], capture_output=True, encoding="utf-8", check=True).stdout.split()
 
 
 def read_rows(text: str) -> list[Row]:

@@ -22,6 +22,16 @@ from comfyui_source import CARRIER_VERSIONS, NEWEST, ROOT, SetupError, cache_dir
 # ComfyUI leaves these unpinned; this trio is one that fits together.
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 STAMP = "comfyui-moma.stamp"
+PROBE = """
+import sys, torch
+from importlib.metadata import version
+from packaging.requirements import Requirement
+for line in sys.argv[1:]:
+    wanted = Requirement(line)
+    if not wanted.specifier.contains(version(wanted.name), prereleases=True):
+        sys.exit(f"{line} is needed, {version(wanted.name)} is there")
+"""
+"""Fails unless the requirements on its command line are met; its last line of error output then says why."""
 
 
 class Environment(NamedTuple):
@@ -32,13 +42,14 @@ class Environment(NamedTuple):
     python: Path
 
     def variables(self) -> dict[str, str]:
-        """What its processes get: where ComfyUI lies, and where Python keeps what it compiles.
+        """What its processes get: where ComfyUI lies, where Python keeps what it compiles, and how it reads text.
 
-        Containers often have Python keep nothing, and a server then compiles for 20 s at each start.
+        Containers often have Python keep nothing, and a server then compiles for 20 s at each start. Text is UTF-8
+        whatever the locale: ComfyUI and its packages read some of their own files as the locale says.
         """
         inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        kept = {"PYTHONPYCACHEPREFIX": str(cache_dir() / "bytecode")}
-        return {**inherited, **kept, "COMFYUI_PATH": str(self.comfyui)}
+        set_here = {"PYTHONPYCACHEPREFIX": str(cache_dir() / "bytecode"), "PYTHONUTF8": "1"}
+        return {**inherited, **set_here, "COMFYUI_PATH": str(self.comfyui)}
 
 
 def ensure_venv(comfyui: Path, version: str, extras: Sequence[str] = ()) -> Path:
@@ -94,7 +105,8 @@ def environment(version: str | None = None, pins: Sequence[str] = ()) -> Environ
 
 
 def _digest(parts: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    # What the locale cannot read of a path is in it as surrogates.
+    return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
 
 
 def _succeeds(*command: str | Path) -> bool:
@@ -135,15 +147,15 @@ def _install(installer: Sequence[str], python: Path, requirements: Sequence[str]
 
 
 def _own_python(comfyui: Path) -> Path | None:
-    """`COMFYUI_PYTHON`, or this Python, if all that ComfyUI and the tests need is installed there."""
+    """`COMFYUI_PYTHON`, or this Python, if all that ComfyUI needs is there, and the tests' tools in their versions."""
     named = os.environ.get("COMFYUI_PYTHON")
     # Not resolved: the link itself makes a virtual environment's Python.
     python = Path(named or sys.executable).expanduser().absolute()
-    lines = (comfyui / "requirements.txt").read_text(encoding="utf-8").splitlines() + dev_requirements()
+    lines = (comfyui / "requirements.txt").read_text(encoding="utf-8").splitlines()
     names = [found[0] for line in lines if (found := re.match(r"[A-Za-z0-9._-]+", line.strip()))]
-    probe = "import sys, torch; from importlib.metadata import version; [version(name) for name in sys.argv[1:]]"
+    command = [python, "-c", PROBE, *names, *dev_requirements()]
     try:
-        result = subprocess.run([python, "-c", probe, *names], capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
         if result.returncode == 0:
             return python
         lack = result.stderr.strip().rpartition("\n")[2]

@@ -95,7 +95,9 @@ def started(found: Environment | None, *words: str, cores: int, log: Path | None
         _announce(found, words)
         status = process.wait()
         if log:
-            print(log.read_text(encoding="utf-8", errors="replace"), flush=True)
+            sys.stdout.flush()
+            sys.stdout.buffer.write(log.read_bytes())  # its bytes: not every locale can print every letter
+            sys.stdout.buffer.flush()
         return status == 0 or (none_is_fine and status == NO_TESTS)
 
     return step

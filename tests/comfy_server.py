@@ -26,9 +26,9 @@ import websocket
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK_NAME = "ComfyUI-MoMA"
-START_SECONDS = 240
+START_SECONDS = 900
 RUN_SECONDS = 3600
-HISTORY_SECONDS = 60
+HISTORY_SECONDS = 900
 
 Prompt = dict[str, dict[str, Any]]
 Event = dict[str, Any]
@@ -153,7 +153,7 @@ class ComfyServer:
 
     def get(self, path: str) -> bytes:
         """The body of a GET request."""
-        with urllib.request.urlopen(f"{self.address}{path}", timeout=60) as answer:
+        with urllib.request.urlopen(f"{self.address}{path}", timeout=START_SECONDS) as answer:
             return bytes(answer.read())
 
     def post(self, path: str, content: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +161,7 @@ class ComfyServer:
         url = f"{self.address}{path}"
         body = json.dumps(content).encode()
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=START_SECONDS) as answer:
             text = answer.read()
         return dict(json.loads(text)) if text else {}
 

@@ -44,13 +44,13 @@ def _checkout(owner: str, name: str) -> Path:
 
 def _clone(url: str, folder: Path) -> None:
     """Several test runs may do this at once; the first one's is kept."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     never_ask = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
-    with tempfile.TemporaryDirectory(dir=folder.parent) as place:
-        command = ["git", "clone", "--quiet", "--depth", "1", url, f"{place}/{folder.name}"]
-        try:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+            command = ["git", "clone", "--quiet", "--depth", "1", url, f"{place}/{folder.name}"]
             subprocess.run(command, env=never_ask, capture_output=True, check=True, timeout=SECONDS)
-        except (OSError, subprocess.SubprocessError) as error:
-            pytest.skip(f"{url} cannot be fetched: {error}")
-        with suppress(OSError):
-            Path(place, folder.name).rename(folder)
+            with suppress(OSError):
+                Path(place, folder.name).rename(folder)
+    except (OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"{url} cannot be fetched: {error}")

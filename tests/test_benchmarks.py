@@ -81,11 +81,11 @@ def test_parts_of_the_same_machine_stay_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "cpu.json"
     benchmark.write(path, {"machine": {"cpu": "A"}, "plan": "full", "leak": {"runs": 1}, "run": {"steps": 2}})
     benchmark.write(path, {"machine": {"cpu": "A"}, "plan": "full", "run": {"steps": 3}, "step": {"rounds": 4}})
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text(encoding="utf-8"))
     assert found["leak"] == {"runs": 1} and found["run"] == {"steps": 3}
     assert list(found) == ["machine", "plan", "step", "run", "leak"]
     benchmark.write(path, {"machine": {"cpu": "B"}, "plan": "full", "run": {"steps": 5}})
-    assert set(json.loads(path.read_text())) == {"machine", "plan", "run"}
+    assert set(json.loads(path.read_text(encoding="utf-8"))) == {"machine", "plan", "run"}
 
 
 def test_the_language_model_is_measured_in_each_precision(results: dict[str, Any]) -> None:

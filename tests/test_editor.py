@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from bootstrap import ROOT, comfyui_path
-from browser import SETTINGS, Editor, open_browser, open_editor
+from browser import SETTINGS, WAIT, Editor, open_browser, open_editor
 from comfy_server import ComfyServer, PromptRefusedError
 from comfyui_source import cache_dir
 from random_weights import adapter_file, llava_folder, sd15_checkpoint
@@ -74,7 +74,7 @@ def test_the_blueprint_is_offered_and_opens(server: ComfyServer, editor: Editor)
     editor.errors.clear()
     editor.add_by_search(entry["name"])
     prompt = editor.prompt()
-    committed = json.loads((API / "blueprint" / "personalize.json").read_text())
+    committed = json.loads((API / "blueprint" / "personalize.json").read_text(encoding="utf-8"))
     outer = next(iter(prompt)).partition(":")[0]
     inside = json.loads(json.dumps(committed).replace('"1:', f'"{outer}:'))
     assert content(prompt) == content(inside)
@@ -88,7 +88,7 @@ def test_a_help_page_opens_with_its_picture(server: ComfyServer, browser: Any) -
         editor.load(workflow("new_context"), "help")
         editor.open_help("MoMASelfAttnShortcut")
         picture = editor.page.locator("img[src*='MoMASelfAttnShortcut.png']").first
-        picture.wait_for(timeout=20_000)
+        picture.wait_for(timeout=WAIT)
         assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 200
 
 
@@ -127,7 +127,7 @@ def test_the_editor_speaks_the_users_language(server: ComfyServer, browser: Any,
             editor.open_help("MoMASelfAttnShortcut")
             page = (ROOT / "web" / "docs" / "MoMASelfAttnShortcut" / f"{locale}.md").read_text(encoding="utf-8")
             sentence = page.split("\n\n")[1].replace("\n", " ")[:12]
-            editor.page.get_by_text(sentence).first.wait_for(timeout=20_000)
+            editor.page.get_by_text(sentence).first.wait_for(timeout=WAIT)
     finally:
         server.post("/settings", SETTINGS)
 
@@ -139,7 +139,7 @@ def test_an_error_says_the_same_in_the_editor_and_to_an_api_client(server: Comfy
     node["widgets_values"] = ["gone.th"]
     editor.load(bad, "bad")
     editor.page.evaluate("() => app.queuePrompt(0)")
-    editor.page.wait_for_function("() => Object.keys(app.lastNodeErrors ?? {}).length", timeout=20_000)
+    editor.page.wait_for_function("() => Object.keys(app.lastNodeErrors ?? {}).length", timeout=WAIT)
     shown = editor.page.evaluate("() => app.lastNodeErrors")
     prompt = api("new_context")
     prompt[str(node["id"])]["inputs"]["adapter_name"] = "gone.th"
@@ -159,7 +159,7 @@ def test_a_missing_file_is_offered_for_download(server: ComfyServer, browser: An
             editor.errors.clear()
             editor.load(workflow("auto_mask"), "auto_mask")
             editor.page.get_by_text("View details").first.click()
-            editor.page.get_by_text("Missing Models").first.wait_for(timeout=20_000)
+            editor.page.get_by_text("Missing Models").first.wait_for(timeout=WAIT)
             shown = editor.page.evaluate("() => document.body.innerText")
             assert "birefnet.safetensors\nbackground_removal\nDownload" in shown
             assert editor.errors == []

@@ -173,7 +173,7 @@ def test_after_a_failure_the_next_run_is_that_of_a_fresh_process(model: Any) -> 
         run(patched, subject)
     variables = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-c", FRESH_PROCESS]
-    other = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    other = subprocess.run(command, env=variables, capture_output=True, encoding="utf-8", check=True)
     assert other.stdout.split()[-1] == digest(run(patched, subject))
 
 

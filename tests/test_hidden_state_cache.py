@@ -93,7 +93,7 @@ def test_the_longest_unused_go_first(cache: HiddenStateCache, folder: Path, monk
 
 
 def test_an_unwritable_folder_is_a_warning(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
     hidden, _ = ask(HiddenStateCache(tmp_path / "file"), load_mllm(folder))
     assert hidden.isfinite().all()
     assert "could not keep a hidden state in" in caplog.text

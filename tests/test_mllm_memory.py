@@ -268,7 +268,9 @@ def test_identity_is_that_of_the_content(folder: Path, tmp_path: Path) -> None:
     (copy / "attn_adapters_projectors.th").write_bytes(b"an adapter next to it")
     assert checkpoint_identity(copy) == checkpoint_identity(folder)
     changes: dict[str, Callable[[], object]] = {
-        "config": lambda: (copy / "config.json").write_text(json.dumps({"mm_projector_type": "mlp2x_gelu"})),
+        "config": lambda: (copy / "config.json").write_text(
+            json.dumps({"mm_projector_type": "mlp2x_gelu"}), encoding="utf-8"
+        ),
         "tail": lambda: flip(copy / "pytorch_model-00001-of-00002.bin", -1),
         "middle": lambda: flip(copy / "pytorch_model-00002-of-00002.bin", 5000),
     }

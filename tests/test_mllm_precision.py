@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rewrite(path: Path, prefix: str, change: Change) -> Path:
     """Replace the matrices below `prefix` by what `change(key, float32 matrix)` makes of them."""
     index_file = path / "pytorch_model.bin.index.json"
-    index = json.loads(index_file.read_text())
+    index = json.loads(index_file.read_text(encoding="utf-8"))
     for shard in sorted(set(index["weight_map"].values())):
         weights = {}
         for key, value in torch.load(path / shard, weights_only=True).items():
@@ -53,7 +53,7 @@ def rewrite(path: Path, prefix: str, change: Change) -> Path:
         }
         torch.save(halves, path / shard)
         index["weight_map"] |= dict.fromkeys(weights, shard)
-    index_file.write_text(json.dumps(index))
+    index_file.write_text(json.dumps(index), encoding="utf-8")
     return path
 
 

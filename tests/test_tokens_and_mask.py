@@ -30,7 +30,7 @@ def positions(text: str, subject: str) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("name", ["tiny_context", "tiny_texture"])
 def test_positions_of_the_recorded_runs(name: str) -> None:
-    case = json.loads((GOLDEN / f"{name}.json").read_text())
+    case = json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
     text = fill_template(PROMPT_TEMPLATE, case["subject"], case["prompt"])
     assert positions(text, case["subject"]) == tuple(case["subject_token_idx"])
 

@@ -132,15 +132,15 @@ def test_the_workflows_pass_comfy_clis_validation(
 ) -> None:
     known = tmp_path / "object_info.json"
     fresh = server.object_info()
-    known.write_text(json.dumps(fresh))
+    known.write_text(json.dumps(fresh), encoding="utf-8")
     for name in known_to(fresh):
         if any(node["class_type"] == "MoMALoadSubject" for node in api(name).values()):
             continue  # its file is there only after a run
         path = tmp_path / f"{name}.json"
-        path.write_text(json.dumps(small(api(name))))
+        path.write_text(json.dumps(small(api(name))), encoding="utf-8")
         command = [sys.executable, "-m", "comfy_cli", "--skip-prompt", "workflow", "validate"]
         command += ["--workflow", str(path), "--input", str(known)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
         assert result.returncode == 0, f"{name}: {result.stdout}{result.stderr}"
 
 
@@ -177,7 +177,7 @@ def test_an_extra_changes_the_picture(server: ComfyServer, ran: Workflows, name:
 
 @pytest.mark.slow
 def test_the_blueprint_gives_what_new_context_gives(server: ComfyServer, first: tuple[Prompt, Run]) -> None:
-    prompt: Prompt = json.loads((API / "blueprint" / "personalize.json").read_text())
+    prompt: Prompt = json.loads((API / "blueprint" / "personalize.json").read_text(encoding="utf-8"))
     prompt["2"] = {"class_type": "LoadImage", "inputs": {"image": "photo_masked.png"}, "_meta": {"title": ""}}
     (extract,) = [node for node in prompt.values() if node["class_type"] == "MoMAExtractSubject"]
     (decode,) = [name for name, node in prompt.items() if node["class_type"] == "VAEDecode"]
