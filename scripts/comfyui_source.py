@@ -75,6 +75,15 @@ def find_comfyui(version: str | None = None) -> Path:
     return target
 
 
+def in_utf8() -> dict[str, str]:
+    """This process's environment, but with UTF-8 for text and names of files.
+
+    Under another locale uv misreads where an environment lies, and installs elsewhere; ComfyUI and its packages read
+    some of their own files as the locale says.
+    """
+    return {**os.environ, "LC_ALL": "C.UTF-8", "PYTHONUTF8": "1"}
+
+
 def run(command: Sequence[str | Path], failure: str) -> None:
     """Run it with its output shown.
 
@@ -83,7 +92,7 @@ def run(command: Sequence[str | Path], failure: str) -> None:
     """
     words = [str(part) for part in command]
     try:
-        code = subprocess.run(words, check=False).returncode
+        code = subprocess.run(words, env=in_utf8(), check=False).returncode
     except OSError as error:
         raise SetupError(f"{failure}\nTried: {' '.join(words)}\n{error}") from error
     if code:

@@ -17,7 +17,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from comfyui_source import CARRIER_VERSIONS, NEWEST, ROOT, SetupError, cache_dir, find_comfyui, own_comfyui, run
+from comfyui_source import (
+    CARRIER_VERSIONS,
+    NEWEST,
+    ROOT,
+    SetupError,
+    cache_dir,
+    find_comfyui,
+    in_utf8,
+    own_comfyui,
+    run,
+)
 
 # ComfyUI leaves these unpinned; this trio is one that fits together.
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
@@ -42,14 +52,13 @@ class Environment(NamedTuple):
     python: Path
 
     def variables(self) -> dict[str, str]:
-        """What its processes get: where ComfyUI lies, where Python keeps what it compiles, and how it reads text.
+        """What its processes get: where ComfyUI lies, and where Python keeps what it compiles.
 
-        Containers often have Python keep nothing, and a server then compiles for 20 s at each start. Text is UTF-8
-        whatever the locale: ComfyUI and its packages read some of their own files as the locale says.
+        Containers often have Python keep nothing, and a server then compiles for 20 s at each start.
         """
-        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        set_here = {"PYTHONPYCACHEPREFIX": str(cache_dir() / "bytecode"), "PYTHONUTF8": "1"}
-        return {**inherited, **set_here, "COMFYUI_PATH": str(self.comfyui)}
+        inherited = {name: value for name, value in in_utf8().items() if name != "PYTHONDONTWRITEBYTECODE"}
+        kept = {"PYTHONPYCACHEPREFIX": str(cache_dir() / "bytecode")}
+        return {**inherited, **kept, "COMFYUI_PATH": str(self.comfyui)}
 
 
 def ensure_venv(comfyui: Path, version: str, extras: Sequence[str] = ()) -> Path:
@@ -73,6 +82,7 @@ def ensure_venv(comfyui: Path, version: str, extras: Sequence[str] = ()) -> Path
     print(f"Making the Python environment for ComfyUI {version} in {venv}, a download of some GB.", flush=True)
     installer = _make_venv(venv, python)
     _install(installer, python, [*TORCH, "-r", str(requirements), *extras])
+    run([python, "-c", "import torch"], f"All was installed, but {python} does not find it or cannot load it.")
     stamp_file.write_text(stamp, encoding="utf-8")
     return python
 
@@ -111,7 +121,8 @@ def _digest(parts: Sequence[str]) -> str:
 
 def _succeeds(*command: str | Path) -> bool:
     try:
-        return subprocess.run([str(part) for part in command], capture_output=True, check=False).returncode == 0
+        words = [str(part) for part in command]
+        return subprocess.run(words, env=in_utf8(), capture_output=True, check=False).returncode == 0
     except OSError:
         return False
 
