@@ -32,6 +32,7 @@ from comfyui_source import (
 # ComfyUI leaves these unpinned; this trio is one that fits together.
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 STAMP = "comfyui-moma.stamp"
+LOCAL = "127.0.0.1,localhost"
 PROBE = """
 import sys, torch
 from importlib.metadata import version
@@ -52,13 +53,15 @@ class Environment(NamedTuple):
     python: Path
 
     def variables(self) -> dict[str, str]:
-        """What its processes get: where ComfyUI lies, and where Python keeps what it compiles.
+        """What its processes get: where ComfyUI lies, and where Python and mypy keep what they compile and found out.
 
-        Containers often have Python keep nothing, and a server then compiles for 20 s at each start.
+        Containers often have Python keep nothing, and a server then compiles for 20 s at each start. A proxy is for
+        other hosts.
         """
         inherited = {name: value for name, value in in_utf8().items() if name != "PYTHONDONTWRITEBYTECODE"}
-        kept = {"PYTHONPYCACHEPREFIX": str(cache_dir() / "bytecode")}
-        return {**inherited, **kept, "COMFYUI_PATH": str(self.comfyui)}
+        kept = {"PYTHONPYCACHEPREFIX": str(cache_dir() / "bytecode"), "MYPY_CACHE_DIR": str(cache_dir() / "mypy")}
+        unproxied = ",".join(filter(None, [os.environ.get("no_proxy", os.environ.get("NO_PROXY")), LOCAL]))
+        return {**inherited, **kept, "no_proxy": unproxied, "NO_PROXY": unproxied, "COMFYUI_PATH": str(self.comfyui)}
 
 
 def ensure_venv(comfyui: Path, version: str, extras: Sequence[str] = ()) -> Path:

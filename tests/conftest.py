@@ -14,28 +14,38 @@ import pytest
 from bootstrap import bootstrap
 from chromium import chromium_path
 
-bootstrap()
-
-from scene import tiny_adapter, tiny_subject
-from tiny_models import tiny_model
-
 NO_CHROMIUM = (
     "The tests of the editor were left out: no Chromium. On Debian: apt-get install chromium; or set CHROMIUM."
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Import ComfyUI and the pack, but not into a process that only hands out the tests to others."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        try:
+            bootstrap()
+        except SystemExit as error:
+            raise pytest.UsageError(str(error)) from error
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
+    from tiny_models import tiny_model
+
     return tiny_model()
 
 
 @pytest.fixture(scope="module")
 def adapter() -> Any:
+    from scene import tiny_adapter
+
     return tiny_adapter()
 
 
 @pytest.fixture(scope="module")
 def subject(adapter: Any) -> Any:
+    from scene import tiny_subject
+
     return tiny_subject(adapter)
 
 
