@@ -21,7 +21,8 @@ NO_CHROMIUM = (
 
 def pytest_configure(config: pytest.Config) -> None:
     """Import ComfyUI and the pack, but not into a process that only hands out the tests to others."""
-    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+    hands_out = config.getoption("tx", None) and not config.getoption("collectonly")
+    if hasattr(config, "workerinput") or not hands_out:
         try:
             bootstrap()
         except SystemExit as error:

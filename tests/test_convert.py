@@ -1,6 +1,7 @@
 """An MLLM as one file: what it holds, computes, survives, refuses; and what happens when the writing is broken off."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -231,6 +232,20 @@ def test_a_full_disk_is_told_before_and_while_writing(small_disk: Path) -> None:
     filler.unlink()
     convert_mllm(CHECKPOINT, small_disk / "x.safetensors", "keep", ignore)
     assert names(small_disk) == {"x.safetensors"}
+
+
+def test_a_file_that_cannot_grow_is_told_and_gone_on_with(target: Path) -> None:
+    """A real write that fails, as any user can have one: the system's limit on the size of files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"small\.safetensors\.part could not be written \(File too large\)\. Conv"):
+            convert_mllm(CHECKPOINT, target, "keep", ignore)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    first: list[int] = []
+    convert_mllm(CHECKPOINT, target, "keep", lambda done, total, text: first.append(done))
+    assert first[0] > 0 and names(target.parent) == {target.name}
 
 
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:

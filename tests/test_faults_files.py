@@ -402,16 +402,19 @@ for _ in range(15):
 """
 
 
-def test_two_processes_saving_at_once_lose_nothing(tmp_path: Path, subject: Any) -> None:
-    save_subject(subject, tmp_path / "subject.safetensors")
-    command = [sys.executable, "-c", SAVE_MANY, str(tmp_path / "output"), str(tmp_path / "subject.safetensors")]
+def test_two_processes_saving_at_once_lose_nothing(roots: Path, subject: Any) -> None:
+    """This one and another."""
+    save_subject(subject, roots / "subject.safetensors")
+    command = [sys.executable, "-c", SAVE_MANY, str(roots / "output"), str(roots / "subject.safetensors")]
     variables = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8", "env": variables}
-    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
-    for process in both:
+    with subprocess.Popen(command, **pipes) as process:
         while process.stdout.readline() != "ready\n":
             assert process.poll() is None
-    saved = [line for process in both for line in process.communicate("go\n")[0].split("\n") if line]
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        saved = [str(save_numbered(subject, "same/name")) for _ in range(15)]
+        saved += process.stdout.read().split()
     _check_saved(saved, 30, subject)
 
 

@@ -110,7 +110,8 @@ def test_ci_runs_the_command_in_a_folder_named_as_users_name_it(tmp_path: Path, 
     temporary.mkdir()
     programs.mkdir()
     python = programs / "python3"
-    python.write_text(f'#!/bin/sh\necho "$PWD"\nls "$@" pyproject.toml\nexit {status}\n', encoding="utf-8")
+    script = f'#!/bin/sh\necho "$PWD"\nls "$@" pyproject.toml\ntouch "$TMPDIR/left over"\nexit {status}\n'
+    python.write_text(script, encoding="utf-8")
     python.chmod(0o755)
     variables = {**os.environ, "TMPDIR": str(temporary), "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
     command = [str(ROOT / ".ci" / "run")]
