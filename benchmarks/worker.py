@@ -26,7 +26,7 @@ def measured(plan_name: str, moma_repo: Path | None, cases: list[list[str]]) -> 
     them `auto` computes in on this CPU.
     """
     import torch
-    from comfyui_moma.moma_modules.mllm.precision import fastest_cpu_dtype
+    from comfyui_moma.moma_modules.mllm.precision import Machine
     from comfyui_moma.nodes.loaders import LoadMllm
     from machine import machine
     from parts import PARTS
@@ -39,7 +39,7 @@ def measured(plan_name: str, moma_repo: Path | None, cases: list[list[str]]) -> 
         found.setdefault(part, {})[case] = PARTS[part].measure(session, case)
     precision = next(item for item in LoadMllm.define_schema().inputs if item.id == "precision")
     precisions = [name for name in precision.options if name != "auto"]
-    auto = "bf16" if fastest_cpu_dtype()[0] == torch.bfloat16 else "fp32"
+    auto = "bf16" if Machine.measure(torch.device("cpu")).best_dtype == torch.bfloat16 else "fp32"
     return {"machine": machine(session.dtype), "precisions": precisions, "auto": auto, "found": found}
 
 

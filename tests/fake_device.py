@@ -8,8 +8,8 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -17,6 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+
+if TYPE_CHECKING:
+    from comfyui_moma.moma_modules.mllm.checkpoint import Checkpoint
 
 CARD = torch.device("cuda:0")
 
@@ -89,3 +92,15 @@ def fake_card() -> Iterator[Usage]:
         torch.no_grad(),
     ):
         yield usage
+
+
+def without_content(checkpoint: "Checkpoint") -> "Checkpoint":
+    """The same weights, within `fake_card` as fake tensors on the CPU."""
+    parts = ("language", "vision", "projector")
+    return replace(
+        checkpoint,
+        **{
+            part: {key: torch.empty_like(value, device="cpu") for key, value in getattr(checkpoint, part).items()}
+            for part in parts
+        },
+    )

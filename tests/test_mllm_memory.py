@@ -24,7 +24,7 @@ from comfyui_moma.moma_modules.mllm.identity import checkpoint_identity
 from comfyui_moma.moma_modules.mllm.leaves import CastLinear
 from comfyui_moma.moma_modules.mllm.model import LoadedMllm, Mllm, load_checkpoint, load_mllm
 from comfyui_moma.moma_modules.mllm.precision import Plan
-from fake_device import CARD, fake_card
+from fake_device import CARD, fake_card, without_content
 from random_weights import llava_folder
 from tiny_models import tiny_model
 
@@ -98,18 +98,6 @@ def test_every_operand_is_on_the_card_at_every_budget(folder: Path, storage: str
             assert usage.current == 0
             tensors = (*loaded.module.parameters(), *loaded.module.buffers())
             assert {tensor.device.type for tensor in tensors} == {"cpu"}
-
-
-def without_content(checkpoint: Checkpoint) -> Checkpoint:
-    """The same weights, as fake tensors on the CPU."""
-    parts = ("language", "vision", "projector")
-    return replace(
-        checkpoint,
-        **{
-            part: {key: torch.empty_like(value, device="cpu") for key, value in getattr(checkpoint, part).items()}
-            for part in parts
-        },
-    )
 
 
 def test_a_card_gives_back_the_pages_of_the_file(folder: Path) -> None:
