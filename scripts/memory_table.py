@@ -17,9 +17,10 @@ from bootstrap import bootstrap
 
 bootstrap()
 import torch
+from comfyui_moma.moma_modules.mllm.architecture import MllmModule
 from comfyui_moma.moma_modules.mllm.checkpoint import Checkpoint, LanguageShape, VisionShape
 from comfyui_moma.moma_modules.mllm.encode import forward
-from comfyui_moma.moma_modules.mllm.model import MllmModule, load_checkpoint
+from comfyui_moma.moma_modules.mllm.model import load_checkpoint
 from comfyui_moma.moma_modules.mllm.precision import Plan
 from fake_device import CARD, fake_card
 from sentencepiece import SentencePieceProcessor
@@ -52,7 +53,7 @@ def checkpoint() -> Checkpoint:
     for key, value in MllmModule(LANGUAGE, VISION).state_dict().items():
         part, _, name = key.partition(".")
         parts[part][name] = torch.empty(value.shape, dtype=torch.float16)
-    return Checkpoint("published", LANGUAGE, VISION, **parts, tokenizer=SentencePieceProcessor())
+    return Checkpoint("published", {}, LANGUAGE, VISION, **parts, tokenizer=SentencePieceProcessor())
 
 
 def measure(plan: Plan) -> Row:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import comfy.model_management
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -104,3 +106,15 @@ def without_content(checkpoint: "Checkpoint") -> "Checkpoint":
             for part in parts
         },
     )
+
+
+def managed(monkeypatch: pytest.MonkeyPatch, usage: Usage, size: int) -> None:
+    """Let ComfyUI load to and offload from the fake card by what is free of `size` bytes."""
+
+    def free(device: torch.device | None = None, torch_free_too: bool = False) -> Any:
+        left = 10**12 if device is not None and device.type == "cpu" else size - usage.current
+        return (left, 0) if torch_free_too else left
+
+    management = comfy.model_management
+    monkeypatch.setattr(management, "get_free_memory", free)
+    monkeypatch.setattr(management, "vram_state", management.VRAMState.NORMAL_VRAM)
