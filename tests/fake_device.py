@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -118,3 +120,19 @@ def managed(monkeypatch: pytest.MonkeyPatch, usage: Usage, size: int) -> None:
     management = comfy.model_management
     monkeypatch.setattr(management, "get_free_memory", free)
     monkeypatch.setattr(management, "vram_state", management.VRAMState.NORMAL_VRAM)
+
+
+class _Unet(torch.nn.Module):
+    """As many values as SD1.5's UNet has, 860 million; nothing is computed with them."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        make = comfy.ops.manual_cast.Linear
+        self.layers = torch.nn.ModuleList(make(8600, 10000, bias=False, dtype=torch.float16) for _ in range(10))
+
+
+def unet_without_content() -> comfy.model_patcher.ModelPatcher:
+    """Something as large as SD1.5's UNet in fp16, for the fake card."""
+    return comfy.model_patcher.CoreModelPatcher(_Unet(), CARD, torch.device("cpu"))

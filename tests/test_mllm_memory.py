@@ -10,7 +10,6 @@ from typing import Any
 
 import comfy.memory_management
 import comfy.model_management
-import comfy.model_patcher
 import comfy.ops
 import comfy.utils
 import memory_table
@@ -25,7 +24,7 @@ from comfyui_moma.moma_modules.mllm.identity import checkpoint_identity
 from comfyui_moma.moma_modules.mllm.leaves import CastLinear
 from comfyui_moma.moma_modules.mllm.model import LoadedMllm, Mllm, load_checkpoint, load_mllm
 from comfyui_moma.moma_modules.mllm.precision import Plan
-from fake_device import CARD, fake_card, managed, without_content
+from fake_device import CARD, fake_card, managed, unet_without_content, without_content
 from random_weights import llava_folder
 from tiny_models import tiny_model
 
@@ -151,26 +150,13 @@ def loaded_now() -> list[Any]:
     return [m.model for m in comfy.model_management.current_loaded_models]
 
 
-class Unet(torch.nn.Module):
-    """1.6 GB of weights, as SD1.5's UNet has in fp16; nothing is computed with them."""
-
-    device = torch.device("cpu")
-
-    def __init__(self) -> None:
-        super().__init__()
-        sides = [(8192, 10000)] * 10
-        self.layers = torch.nn.ModuleList(
-            comfy.ops.manual_cast.Linear(*side, bias=False, dtype=torch.float16) for side in sides
-        )
-
-
 @pytest.mark.parametrize("card", [8, 24])
 def test_it_makes_room_on_the_card_for_sampling(monkeypatch: pytest.MonkeyPatch, card: int) -> None:
     """At the published size: a look, a UNet that needs 2 GB to compute, another look, loaded as ComfyUI does it."""
     with fake_card() as usage:
         managed(monkeypatch, usage, card * 10**9)
         mllm = load_checkpoint(memory_table.checkpoint(), Plan(None, torch.bfloat16, ""), CARD).patcher
-        unet = comfy.model_patcher.CoreModelPatcher(Unet(), CARD, torch.device("cpu"))
+        unet = unet_without_content()
         comfy.model_management.load_models_gpu([mllm])
         looking = mllm.loaded_size()
         comfy.model_management.load_models_gpu([unet], memory_required=2e9)

@@ -66,15 +66,14 @@ class Machine:
     @classmethod
     def measure(cls, device: torch.device) -> "Machine":
         """This machine, now: what is free less what ComfyUI keeps free for computing."""
-        management = comfy.model_management
-        ram = int(management.get_free_memory(torch.device("cpu")))
-        fp8 = management.supports_cast(device, torch.float8_e4m3fn)
+        ram = int(comfy.model_management.get_free_memory(torch.device("cpu")))
+        fp8 = comfy.model_management.supports_cast(device, torch.float8_e4m3fn)
         if device.type == "cpu":
             return cls(device, ram, ram, bf16_gain=cpu_bf16_gain(), holds_fp8=fp8)
-        free = management.get_free_memory(device) - management.minimum_inference_memory()
-        held = sum(m.model_loaded_memory() for m in management.current_loaded_models if m.device == device)
-        fast = torch.float16 if management.should_use_fp16(device) else torch.float32
-        fast = torch.bfloat16 if management.should_use_bf16(device) else fast
+        free = comfy.model_management.get_free_memory(device) - comfy.model_management.minimum_inference_memory()
+        held = sum(m.model_loaded_memory() for m in comfy.model_management.current_loaded_models if m.device == device)
+        fast = torch.float16 if comfy.model_management.should_use_fp16(device) else torch.float32
+        fast = torch.bfloat16 if comfy.model_management.should_use_bf16(device) else fast
         return cls(device, max(int(free + held), 0), ram, fast, holds_fp8=fp8)
 
     @property
