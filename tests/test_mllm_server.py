@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,17 +32,21 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
         yield started
 
 
+def joined(nodes: list[str]) -> dict[str, Any]:
+    """A node that makes one list of what these give."""
+    return {"class_type": "CreateList", "inputs": {f"inputs.input{i}": [node, 0] for i, node in enumerate(nodes)}}
+
+
 def prompts(texts: list[str], extractions: int = 1, model: str = "llava") -> Prompt:
     """A graph with nodes that each extract a subject for every text of one list."""
     graph: Prompt = {
         "mllm": {"class_type": "MoMALoadMLLM", "inputs": {"model_name": model, "precision": "auto"}},
         "adapter": {"class_type": "MoMALoadAdapter", "inputs": {"adapter_name": "adapter.th"}},
         "image": {"class_type": "LoadImage", "inputs": {"image": "noise.png"}},
-        "list": {
-            "class_type": "CreateList",
-            "inputs": {f"inputs.input{i}": [f"text{i}", 0] for i in range(len(texts))},
-        },
+        "list": joined([f"part{i}" for i in range(0, len(texts), 10)]),
     }
+    for i in range(0, len(texts), 10):  # Create List takes ten
+        graph[f"part{i}"] = joined([f"text{j}" for j in range(i, min(i + 10, len(texts)))])
     for i, text in enumerate(texts):
         graph[f"text{i}"] = {"class_type": "PrimitiveString", "inputs": {"value": text}}
     for i in range(extractions):
