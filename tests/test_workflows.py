@@ -231,3 +231,11 @@ def test_the_reference_is_shown_as_the_mllm_saw_it(server: ComfyServer, first: t
     texts = [out["text"][0] for out in first[1].outputs.values() if "text" in out]
     assert any(text.startswith("photo of a [cup]. a [cup] on a beach at sunset.") for text in texts)
     assert any(text.startswith("auto: weights in fp16, computing in ") for text in texts)
+
+
+def test_no_run_brings_the_language_model_twice(server: ComfyServer, ran: Workflows) -> None:
+    """With two extractions in one graph, and the sampling after them."""
+    prompt, _ = ran("two_subjects")
+    assert [node["class_type"] for node in prompt.values()].count("MoMAExtractSubject") == 2
+    runs = server.log().split("got prompt")[1:]
+    assert max(run.count("Requested to load MllmModule") for run in runs) == 1
