@@ -95,8 +95,6 @@ def test_it_is_there_as_before_after_cancel_and_after_an_error(server: ComfyServ
 
 def test_disable_mmap_is_honoured(server: ComfyServer) -> None:
     for model in ("llava", CONVERTED):
-        before = loads(server)
         server.run(prompts(["A cup without maps."], model=model))
-        assert loads(server) - before == (model == CONVERTED)
-    maps = Path(f"/proc/{server.process_id}/maps").read_text()
-    assert CONVERTED not in maps and "pytorch_model" not in maps and "libtorch" in maps
+        maps = Path(f"/proc/{server.process_id}/maps").read_text()
+        assert CONVERTED not in maps and "pytorch_model" not in maps and "libtorch" in maps
