@@ -17,6 +17,7 @@ from ..moma_modules.mllm.hidden_state_cache import HiddenStateCache
 from ..moma_modules.mllm.model import Mllm
 from ..moma_modules.pictures import coverage, what_was_seen
 from ..moma_modules.reference_image import FITS, prepare_references
+from ..moma_modules.reference_mask import DEFAULT_THRESHOLD
 from ..moma_modules.subject import Subject, combine_subjects, load_subject
 from .types import CATEGORY, KEEPS_PREVIEW, SEARCH_ALIASES, MomaAdapter, MomaMllm, MomaSubject
 
@@ -74,9 +75,21 @@ class ExtractSubject(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="1 on the subject; any size; one for each picture. Unconnected: the picture's "
-                    "transparency, or else the whole picture. For the MASK of a cut-out PNG from Load Image, invert it "
-                    "first.",
+                    tooltip="1 on the subject; any size; one for each picture, or one for all. Unconnected: the "
+                    "picture's transparency, or else the whole picture. For the MASK of a cut-out PNG from Load Image, "
+                    "invert it first.",
+                ),
+                io.Float.Input(
+                    "mask_threshold",
+                    default=DEFAULT_THRESHOLD,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Where a soft mask is cut, from the level of its background (0) to that of its subject (1). "
+                    "Lower takes more of a soft edge; 0 takes whatever is not black, as the released code. A mask of "
+                    "black and white alone needs no cut.",
+                    advanced=True,
                 ),
             ],
             outputs=[
@@ -100,6 +113,7 @@ class ExtractSubject(io.ComfyNode):
         fit: str,
         cache: bool = True,
         mask: Any = None,
+        mask_threshold: float = DEFAULT_THRESHOLD,
     ) -> io.NodeOutput:
         word = " ".join(subject.split())
         if not plain_text(word).strip():
@@ -109,7 +123,9 @@ class ExtractSubject(io.ComfyNode):
                 f"adapter {adapter.name} takes hidden states of size {adapter.hidden_size}, but mllm {mllm.name} has "
                 f"{mllm.hidden_size}: they do not belong together. Use both files of the MoMA release."
             )
-        references = prepare_references(image, mask, fit)
+        references = prepare_references(image, mask, fit, mask_threshold)
+        text = "\n".join([coverage(references.masks), *references.notes])
+        show_text(text)  # before the language model runs: there may be a reason to stop
         spoken = plain_text(word), plain_text(prompt)  # emphasis is for CLIP; the MLLM reads words
         hidden_state = HiddenStateCache(folders.hidden_states()).hidden_state if cache else subject_hidden_state
         try:
@@ -122,10 +138,10 @@ class ExtractSubject(io.ComfyNode):
         embedding = torch.stack([adapter.map_hidden_state(one) for one in hidden]).mean(dim=0)
         if not embedding.isfinite().all():
             raise ValueError(f"mllm {mllm.name} gave NaN for this picture and prompt; choose precision bf16 or fp32.")
-        show_text(coverage(references.masks))
         seen = what_was_seen(references.images, references.masks)
         made = Subject(embedding, word, prompt, references.images, references.masks, adapter.identity)
-        return io.NodeOutput(made, ui=ui.PreviewImage(seen, cls=cls))
+        shown = {**ui.PreviewImage(seen, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
+        return io.NodeOutput(made, ui=shown)
 
 
 class CombineSubjects(io.ComfyNode):
