@@ -89,8 +89,8 @@ def mask_from_alpha(alpha: Tensor, which: str) -> tuple[Tensor, list[str]]:
     opaque = cut_mask(alpha).stencil > 0
     if not opaque.any():
         raise ValueError(
-            f"image is fully transparent{which}: nothing says where the subject is. Connect its mask to `mask`, or take "
-            "the picture from Split Image with Alpha to use the whole of it."
+            f"image is fully transparent{which}: nothing says where the subject is. Connect its mask to `mask`, or "
+            "take the picture from Split Image with Alpha to use the whole of it."
         )
     if opaque.all():
         return alpha, []

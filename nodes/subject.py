@@ -86,9 +86,9 @@ class ExtractSubject(io.ComfyNode):
                     max=1.0,
                     step=0.05,
                     optional=True,
-                    tooltip="Where a soft mask is cut, from the level of its background (0) to that of its subject (1). "
-                    "Lower takes more of a soft edge; 0 takes whatever is not black, as the released code. A mask of "
-                    "black and white alone needs no cut.",
+                    tooltip="Where a soft mask is cut, from the level of its background (0) to its subject's (1). Lower "
+                    "takes more of a soft edge; 0 takes whatever is not black, as the released code. A mask of black "
+                    "and white alone needs no cut.",
                     advanced=True,
                 ),
             ],
