@@ -123,6 +123,37 @@ class Editor:
             raise RuntimeError(f"{detail['node_type']}: {detail['exception_message']}")
         self.page.wait_for_timeout(1500)
 
+    def paint_mask(self, kind: str, lines: Sequence[Sequence[tuple[float, float]]]) -> None:
+        """Paint into the mask of the first node of a type that shows a picture, in the mask editor, and save.
+
+        Args:
+            lines: What the brush draws, corner by corner; 0..1 across and down the picture.
+        """
+        self.page.evaluate(
+            """kind => {
+                app.canvas.selectNode(app.graph.nodes.find(node => node.type === kind))
+                return app.extensionManager.command.execute('Comfy.MaskEditor.OpenMaskEditor')
+            }""",
+            kind,
+        )
+        dialog = self.page.get_by_role("dialog")
+        canvas = dialog.locator("canvas.z-30").first
+        canvas.wait_for(timeout=WAIT)
+        self.page.wait_for_timeout(2000)  # the picture is put into its place
+        box = canvas.bounding_box()
+        assert box is not None
+        for line in lines:
+            corners = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in line]
+            self.page.mouse.move(*corners[0])
+            self.page.mouse.down()
+            for corner in corners[1:]:
+                self.page.mouse.move(*corner, steps=8)
+            self.page.mouse.up()
+        dialog.get_by_role("button", name="Save").click()
+        saved = "kind => app.graph.nodes.find(n => n.type === kind).widgets[0].value.includes('clipspace')"
+        self.page.wait_for_function(saved, arg=kind, timeout=WAIT)
+        canvas.wait_for(state="detached", timeout=WAIT)
+
     def show(self, kinds: Sequence[str] = ()) -> dict[str, float]:
         """Scale and move the canvas until the nodes of these types (or all) are in sight; where they then are."""
         script = """([kinds, margin]) => {

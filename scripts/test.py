@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from chromium import chromium_path
 from comfyui_source import CARRIER_VERSIONS, NEWEST, OLDEST, ROOT, SetupError
+from frontends import FRONTENDS, find_frontend
 from setup_env import Environment, environment
 
 Step = Callable[[], bool]
@@ -137,6 +138,16 @@ def set_up_browser() -> bool:
     return chromium_path() is not None
 
 
+def set_up_frontends() -> bool:
+    """Other versions of the editor for the browser; where they cannot be had, their tests are left out."""
+    for version in FRONTENDS if chromium_path() else ():
+        try:
+            print(f"Frontend {version}: {find_frontend(version)}", flush=True)
+        except SetupError as error:
+            print(f"Frontend {version}: {error}", flush=True)
+    return True
+
+
 def targets(versions: list[str], quick: bool) -> list[Target]:
     """What to test on: these versions, else the user's own ComfyUI, else the newest and the oldest."""
     if versions:
@@ -153,6 +164,7 @@ def run_all(chosen: list[Target], pytest_arguments: list[str]) -> bool:
     environments = [set_up(steps, target) for target in chosen]
     if any(target.slow for target in chosen):
         steps.run("Set-up of the browser", set_up_browser)
+        steps.run("Set-up of the browser's frontends", set_up_frontends)
     linting = next(filter(None, environments), None)
     steps.run("ruff format", command(linting, "-m", "ruff", "format", "--check"))
     steps.run("ruff check", command(linting, "-m", "ruff", "check"))

@@ -68,6 +68,15 @@ def test_a_workflow_opens_as_it_was_meant(editor: Editor, name: str) -> None:
     assert editor.errors == []
 
 
+def test_a_workflow_of_before_an_input_keeps_its_default(editor: Editor) -> None:
+    old = workflow("new_context")
+    (node,) = [node for node in old["nodes"] if node["type"] == "MoMAExtractSubject"]
+    node["inputs"] = [slot for slot in node["inputs"] if slot["name"] != "mask_threshold"]
+    node["widgets_values"] = node["widgets_values"][:4]
+    editor.load(old, "old")
+    assert content(editor.prompt()) == content(api("new_context"))
+
+
 def test_the_blueprint_is_offered_and_opens(server: ComfyServer, editor: Editor) -> None:
     (entry,) = [e for e in json.loads(server.get("/global_subgraphs")).values() if "MoMA" in e["info"]["node_pack"]]
     assert entry["name"] == "MoMA personalize"

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from bootstrap import comfyui_path
 from comfy_server import ComfyServer, ExecutionFailedError, Prompt, PromptRefusedError, Run
-from comfyui_moma.moma_modules.release import FOLDER, MLLM_FILES, REPOSITORY
+from comfyui_moma.moma_modules.release import ADAPTER_NAME, FOLDER, MLLM_FILES, REPOSITORY
 from comfyui_source import cache_dir
 from hub_server import HubFile, HubServer
 from PIL import Image
 from random_weights import adapter_file, llava_folder, sd15_checkpoint
+from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.server
 TESTS = Path(__file__).parent
@@ -251,6 +252,40 @@ def test_the_new_texture_workflow_with_grey_and_unmasked_pictures(
     del inputs(prompt, "MoMAExtractSubject")["mask"]
     image = picture(server, prompt, server.run(prompt))
     assert image.std() > 1 and not np.array_equal(image, first[1])
+
+
+@pytest.mark.slow
+def test_a_batch_makes_one_subject_and_a_list_one_for_each_picture(server: ComfyServer) -> None:
+    """One mask is used for all of them."""
+
+    def saved(image: list[Any]) -> list[dict[str, np.ndarray]]:
+        prompt = {
+            "1": {"class_type": "LoadImage", "inputs": {"image": "photo_masked.png"}},
+            "2": {"class_type": "ImageInvert", "inputs": {"image": ["1", 0]}},
+            "3": {"class_type": "ImageBatch", "inputs": {"image1": ["1", 0], "image2": ["2", 0]}},
+            "4": {"class_type": "RebatchImages", "inputs": {"images": ["3", 0], "batch_size": 1}},
+            "5": {"class_type": "MoMALoadMLLM", "inputs": {"model_name": FOLDER, "precision": "auto"}},
+            "6": {"class_type": "MoMALoadAdapter", "inputs": {"adapter_name": ADAPTER_NAME}},
+            "7": {
+                "class_type": "MoMAExtractSubject",
+                "inputs": {"mllm": ["5", 0], "adapter": ["6", 0], "image": image, "mask": ["1", 1]}
+                | {"subject": "cup", "prompt": "A cup.", "fit": "squash"},
+            },
+            "8": {"class_type": "MoMASaveSubject", "inputs": {"subject": ["7", 0], "filename_prefix": "lists"}},
+        }
+        run = server.run(prompt)
+        texts = [text for node, text in run.texts if node == "7"]
+        assert any("The one mask is used for each of the 2 pictures." in text for text in texts) == (image[0] == "3")
+        return [
+            load_file(server.output / file["subfolder"] / file["filename"]) for file in run.files("8", "moma_subjects")
+        ]
+
+    (batch,), (first, second) = saved(["3", 0]), saved(["4", 0])
+    assert batch["images"].shape[0] == 2
+    for i, alone in enumerate((first, second)):
+        assert np.array_equal(alone["images"][0], batch["images"][i])
+        assert np.array_equal(alone["masks"][0], batch["masks"][i]) and np.array_equal(first["masks"], alone["masks"])
+    assert np.allclose((first["embedding"] + second["embedding"]) / 2, batch["embedding"], atol=1e-5)
 
 
 @pytest.mark.slow
