@@ -60,7 +60,7 @@ def prepare_references(
         inverted = own is not None and covers_border(cut.stencil > 0)
         blank = check_content(colours, cut, which, inverted)
         squares.append(square)
-        said += [] if blank is None else [blank]
+        said = [*([] if blank is None else [blank]), *said]
         notes += [f"Picture {i + 1}: {note}" if which else note for note in said]
     images, insides = (torch.from_numpy(np.stack(part)) for part in zip(*squares, strict=True))
     return References(images, insides, tuple(dict.fromkeys(notes)))

@@ -21,6 +21,8 @@ THIN = 5
 MOST_OF_BORDER = 0.7
 """Who covers more than this of a picture's border is likely its background."""
 
+BARELY = 0.01
+"""Soft edges that are a smaller share of the picture are not worth a word."""
 STRETCH = 0.02
 """By how much the aspect ratios of picture and mask may differ without a note."""
 
@@ -107,13 +109,8 @@ def covers_border(inside: np.ndarray) -> bool:
 
 
 def mask_notes(cut: CutMask, picture: tuple[int, ...]) -> list[str]:
-    """What the user should know of a mask that is used for a picture of this height and width."""
+    """What the user should know of a mask that is used for a picture of this height and width; what matters first."""
     notes = []
-    if cut.soft:
-        faint = f"{cut.soft:.0%}" if cut.soft >= 0.01 else "less than 1%"
-        notes.append(
-            f"The mask is soft: it is cut at {cut.level:.2g}; {faint} of it is fainter and left out (mask_threshold)."
-        )
     if 0 < cut.highest < FAINT:
         notes.append(
             f"The mask is faint, its highest value is {cut.highest:.2g}: if nothing was found in the picture, paint "
@@ -129,6 +126,11 @@ def mask_notes(cut: CutMask, picture: tuple[int, ...]) -> list[str]:
         notes.append(
             f"The mask ({width}x{height}) has another shape than the picture ({picture[1]}x{picture[0]}) and is "
             "stretched over it."
+        )
+    if cut.soft >= BARELY:
+        notes.append(
+            f"The mask is soft: it is cut at {cut.level:.2g}; {cut.soft:.0%} of it is fainter and left out "
+            "(mask_threshold)."
         )
     return notes
 

@@ -86,7 +86,7 @@ class ExtractSubject(io.ComfyNode):
                     max=1.0,
                     step=0.05,
                     optional=True,
-                    tooltip="Where a soft mask is cut, from the level of its background (0) to its subject's (1). Lower "
+                    tooltip="Where a soft mask is cut: 0 is the level of its background, 1 that of its subject. Lower "
                     "takes more of a soft edge; 0 takes whatever is not black, as the released code. A mask of black "
                     "and white alone needs no cut.",
                     advanced=True,

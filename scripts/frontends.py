@@ -6,7 +6,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from comfyui_source import SetupError, cache_dir, run
+from comfyui_source import cache_dir, run
 
 PACKAGE = "comfyui-frontend-package"
 STATIC = "comfyui_frontend_package/static/"
