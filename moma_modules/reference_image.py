@@ -51,25 +51,27 @@ def prepare_references(
         raise ValueError(f"fit is {fit!r}; choose one of {', '.join(FITS)}.")
     pictures = _pictures(image)
     masks, notes = ([None] * len(pictures), []) if mask is None else _masks(mask, len(pictures))
-    squares = []
+    squares, said = [], []
     for i, (pixels, own) in enumerate(zip(pictures, masks, strict=True)):
         which = "" if len(pictures) == 1 else f" for picture {i + 1} of {len(pictures)}"
-        colours, cut, said = _subject(pixels, own, threshold, which)
+        colours, cut, marked_by, about = _subject(pixels, own, threshold, which)
         square = _square(colours, cut.stencil, fit)
         _refuse_empty(square[1], which)
-        inverted = own is not None and covers_border(cut.stencil > 0)
-        blank = check_content(colours, cut, which, inverted)
+        blank = check_content(colours, cut, marked_by, which)
         squares.append(square)
-        said = [*([] if blank is None else [blank]), *said]
-        notes += [f"Picture {i + 1}: {note}" if which else note for note in said]
+        said.append(about if blank is None else [blank, *about])
     images, insides = (torch.from_numpy(np.stack(part)) for part in zip(*squares, strict=True))
-    return References(images, insides, tuple(dict.fromkeys(notes)))
+    return References(images, insides, (*notes, *_together(said)))
 
 
 def _subject(
     pixels: Tensor, mask: Tensor | None, threshold: float, which: str
-) -> tuple[np.ndarray, CutMask, list[str]]:
-    """Colours [H, W, 3] uint8 of a picture [H, W, C], its mask [h, w] after the cut, and what to say of it."""
+) -> tuple[np.ndarray, CutMask, str, list[str]]:
+    """One picture [H, W, C] and its mask [h, w].
+
+    Returns:
+        Its colours [H, W, 3] uint8, the mask after the cut, what that is from (see `WAYS_OUT`), what to say of it.
+    """
     colours = _bytes(pixels[..., :1].expand(-1, -1, 3) if pixels.shape[2] < 3 else pixels[..., :3])
     alpha = pixels[..., -1] if pixels.shape[2] in (2, 4) else None
     if mask is not None:
@@ -77,11 +79,20 @@ def _subject(
         notes = mask_notes(cut, colours.shape[:2])
         if alpha is not None and float(alpha.min()) < 1:
             notes.append("The picture's transparency is not used, since a mask is connected.")
-        return colours, cut, notes
+        return colours, cut, "background" if covers_border(cut.stencil > 0) else "mask", notes
     if alpha is None:
-        return colours, cut_mask(torch.ones(colours.shape[:2])), []
+        return colours, cut_mask(torch.ones(colours.shape[:2])), "nothing", []
     chosen, notes = mask_from_alpha(alpha, which)
-    return colours, cut_mask(chosen, threshold), notes
+    return colours, cut_mask(chosen, threshold), "alpha" if notes else "nothing", notes
+
+
+def _together(said: list[list[str]]) -> list[str]:
+    """What is said of each picture, each note once; which pictures it is about unless it is about all."""
+    notes = []
+    for note in dict.fromkeys(note for about in said for note in about):
+        numbers = [str(i + 1) for i, about in enumerate(said) if note in about]
+        notes.append(note if len(numbers) == len(said) else f"Picture {', '.join(numbers)}: {note}")
+    return notes
 
 
 def _square(colours: np.ndarray, mask: np.ndarray, fit: str) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,6 @@ THIN = 5
 """Soft lines of less than this many pixels in width are kept down to half the threshold."""
 MOST_OF_BORDER = 0.7
 """Who covers more than this of a picture's border is likely its background."""
-
 BARELY = 0.01
 """Soft edges that are a smaller share of the picture are not worth a word."""
 STRETCH = 0.02

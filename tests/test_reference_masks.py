@@ -179,6 +179,11 @@ def test_one_mask_for_all_pictures_and_several_for_one() -> None:
     masks[1] = 1 - masks[1]
     (note,) = prepare(masks, photo(3)).notes
     assert note.startswith("Picture 2: The mask covers the picture's border")
+    masks[0] = masks[1]
+    (note,) = prepare(masks, photo(3)).notes
+    assert note.startswith("Picture 1, 2: The mask covers")
+    both = prepare(masks[:1], photo(2)).notes
+    assert [note[:16] for note in both] == ["The one mask is ", "The mask covers "]
 
 
 def load_image(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,8 +252,11 @@ def test_a_subject_that_is_black_is_refused() -> None:
         prepare(mask, image)
     with pytest.raises(ValueError, match=r"marks the subject for picture 2 of 2\."):
         prepare(mask, torch.cat([photo(), image]))
-    with pytest.raises(ValueError, match="^image is black where"):
+    with pytest.raises(ValueError, match=r"^image is black\. Look at the node that it comes from\."):
         prepare(None, torch.zeros(1, SIDE, SIDE, 3))
+    alpha = 1 - mask[..., None]
+    with pytest.raises(ValueError, match=r"^image is black where its transparency marks the subject\. Connect a mask"):
+        prepare(None, torch.cat([image, alpha], dim=3))
     # Resized together with its mask, and a mask of another size.
     half = [torch.nn.functional.avg_pool2d(t, 2) for t in (image.movedim(-1, 1), mask[:, None])]
     with pytest.raises(ValueError, match="^image is black where"):
@@ -289,6 +297,11 @@ def test_pictures_in_another_scale_are_refused(change: Callable[[torch.Tensor], 
         prepare(None, change(photo()))
 
 
+def test_one_picture_in_another_scale_among_others_is_refused() -> None:
+    with pytest.raises(ValueError, match="^image holds values from .*; expected 0 to 1"):
+        prepare(None, torch.cat([photo(30), photo() * 255]))
+
+
 def test_a_little_outside_of_the_scale_is_cut_off() -> None:
     image = photo() * 1.4 - 0.1
     assert torch.equal(prepare(None, image).images, prepare(None, image.clamp(0, 1)).images)
@@ -300,7 +313,7 @@ def test_the_node_speaks_before_the_language_model_runs(tmp_path: Path, monkeypa
     mllm = load_mllm(DATA / "mllm" / "tiny56" / "checkpoint", vision_heads=4)
     adapter = tiny_adapter(hidden=mllm.hidden_size)
     fixed = {"subject": "car", "prompt": "A car.", "fit": "squash", "cache": False}
-    with pytest.raises(ValueError, match="^image is black where"):
+    with pytest.raises(ValueError, match="^image is black"):
         ExtractSubject.execute(mllm, adapter, torch.zeros(1, 64, 64, 3), **fixed)
     assert "loaded" not in vars(mllm)
     matte = torch.from_numpy(SOFT["matte with a grey background"](disc()))[None]
