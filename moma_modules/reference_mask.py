@@ -14,8 +14,12 @@ FAINT = 0.1
 """Below this highest value a mask may be one in which nothing was found."""
 NO_BACKGROUND = 0.75
 """Levels nearer to each other than this, as a ratio, are both the subject."""
+OVERSHOOT = 1.5
+"""Up to this highest value a mask is in 0..1, but was resized."""
 OUTLIERS = 5
-"""Percent of the background's darkest and of the subject's brightest pixels that do not set the level."""
+RARE = 0.1
+"""Percent of the background's darkest and of the subject's brightest pixels, and of all pixels, that do not set the
+levels."""
 THIN = 5
 """Soft lines of less than this many pixels in width are kept down to half the threshold."""
 MOST_OF_BORDER = 0.7
@@ -58,6 +62,8 @@ def cut_mask(mask: Tensor, threshold: float = DEFAULT_THRESHOLD) -> CutMask:
     """
     values = mask.numpy()
     highest = float(values.max())
+    if highest <= OVERSHOOT:
+        values = np.minimum(values, 1)
     if round(min(highest, 1.0) * 255) <= 0:
         return CutMask(np.zeros(values.shape, np.uint8), np.zeros(values.shape, bool), 0.0, 0.0, highest)
     background, subject = _levels(values)
@@ -138,7 +144,8 @@ def _levels(values: np.ndarray) -> tuple[float, float]:
     """The values of a mask's background and subject: near the lowest below Otsu's threshold, near the highest above.
 
     N. Otsu, "A threshold selection method from gray-level histograms", 1979: the split with the largest variance
-    between its sides. The background is 0 where the mask has none.
+    between its sides. Where a wide shadow outweighs a small subject, the split is below the shadow, but the brightest
+    pixels are still the subject's. The background is 0 where the mask has none.
     """
     low, high = float(values.min()), float(values.max())
     if low >= NO_BACKGROUND * high:
@@ -150,8 +157,9 @@ def _levels(values: np.ndarray) -> tuple[float, float]:
     with np.errstate(divide="ignore", invalid="ignore"):
         between = (whole * below / total - weighted) ** 2 / (below * (total - below))
     split = edges[1 + int(np.nanargmax(between))]
-    background = float(np.percentile(values[values < split], OUTLIERS))
-    subject = float(np.percentile(values[values >= split], 100 - OUTLIERS))
+    lower, upper = values[values < split], values[values >= split]
+    background = float(min(np.percentile(lower, OUTLIERS), np.percentile(values, RARE)))
+    subject = float(max(np.percentile(upper, 100 - OUTLIERS), np.percentile(values, 100 - RARE)))
     return (0.0, subject) if background >= NO_BACKGROUND * subject else (background, subject)
 
 

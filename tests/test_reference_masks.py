@@ -144,6 +144,12 @@ def test_thin_soft_lines_stay_and_broad_shadows_go() -> None:
     assert inside.sum() == 60 * 60 + 2 * (SIDE - 120)
 
 
+def test_a_wide_shadow_does_not_outweigh_a_small_subject() -> None:
+    small = disc(radius=0.06)
+    mask = np.where(small, 1, np.where(np.arange(SIDE) < SIDE // 2, 0.3, 0)).astype(np.float32)
+    assert np.array_equal(cut_mask(torch.from_numpy(mask)).stencil > 0, small)
+
+
 def test_what_is_said_of_a_mask() -> None:
     def notes(mask: Any, **changes: Any) -> str:
         return " ".join(prepare(np.asarray(mask, np.float32)[None], **changes).notes)
