@@ -139,9 +139,16 @@ class Editor:
         dialog = self.page.get_by_role("dialog")
         canvas = dialog.locator("canvas.z-30").first
         canvas.wait_for(timeout=WAIT)
-        self.page.wait_for_timeout(2000)  # the picture is put into its place
-        box = canvas.bounding_box()
-        assert box is not None
+        drawn = """() => {
+            const picture = document.querySelector('[role=dialog] canvas.z-0')
+            const middle = [picture?.width >> 1, picture?.height >> 1, 1, 1]
+            return picture?.width && picture.getContext('2d').getImageData(...middle).data[3]
+        }"""
+        self.page.wait_for_function(drawn, timeout=WAIT)
+        box, before = canvas.bounding_box(), None
+        while box is None or box != before:  # the picture is put into its place
+            self.page.wait_for_timeout(500)
+            box, before = canvas.bounding_box(), box
         for line in lines:
             corners = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in line]
             self.page.mouse.move(*corners[0])
