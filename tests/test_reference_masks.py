@@ -271,6 +271,8 @@ def test_a_subject_that_is_black_is_refused() -> None:
         prepare(half[1][:, 0], image)
     # A dark photograph is none of that, nor a subject with black parts.
     assert prepare(mask, photo() * 0.1).notes[0].startswith("The mask is soft")
+    surest = torch.from_numpy(np.where(disc(radius=0.1), 1, disc() * 0.7).astype(np.float32))[None]
+    prepare(surest, torch.where(surest[..., None] == 1, torch.zeros(()), photo()))
     parts = photo()
     parts[:, :, : SIDE // 2] = 0
     assert prepare(mask > 0.5, parts).notes == ()
