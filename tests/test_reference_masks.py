@@ -128,6 +128,11 @@ def test_the_threshold_moves_the_cut(level: float) -> None:
     assert abs(float(inside) - (1 - level)) < 0.04
 
 
+def test_the_cut_lies_between_the_levels_of_background_and_subject() -> None:
+    for kind, level in (("grey background", 0.6), ("at most 0.3 over 0.05", 0.175), ("0 to 255", 127.5)):
+        assert cut_mask(torch.from_numpy(SOFT[kind](disc()).astype(np.float32))).level == pytest.approx(level, rel=0.02)
+
+
 def test_a_mask_without_background_takes_the_whole_picture() -> None:
     for mask in (np.full((8, 8), 0.4), noise(0.9, 1.0), jpeg(np.ones((64, 64), bool), 20)):
         assert bool(prepare(mask[None].astype(np.float32)).masks.all())
