@@ -2,6 +2,7 @@
 
 import os
 from typing import Any
+from unicodedata import normalize
 
 import folder_paths
 import torch
@@ -11,13 +12,14 @@ from ..moma_modules.adapter import Adapter
 from ..moma_modules.comfy_bridge import folders
 from ..moma_modules.comfy_bridge.editor import show_text
 from ..moma_modules.comfy_bridge.saving import check_prefix, save_numbered
-from ..moma_modules.comfy_bridge.text import plain_text
+from ..moma_modules.comfy_bridge.text import check_characters, plain_text
 from ..moma_modules.mllm.encode import subject_hidden_state
 from ..moma_modules.mllm.hidden_state_cache import HiddenStateCache
 from ..moma_modules.mllm.model import Mllm
 from ..moma_modules.pictures import coverage, what_was_seen
 from ..moma_modules.reference_image import FITS, prepare_references
 from ..moma_modules.subject import Subject, combine_subjects, load_subject
+from ..moma_modules.token_text import visible
 from .types import CATEGORY, KEEPS_PREVIEW, SEARCH_ALIASES, MomaAdapter, MomaMllm, MomaSubject
 
 
@@ -101,8 +103,10 @@ class ExtractSubject(io.ComfyNode):
         cache: bool = True,
         mask: Any = None,
     ) -> io.NodeOutput:
-        word = " ".join(subject.split())
-        if not plain_text(word).strip():
+        check_characters("subject", subject)
+        check_characters("prompt", prompt)
+        word = normalize("NFC", " ".join(subject.split()))  # accents in one way, so that equal words are equal
+        if not visible(plain_text(word)).strip():
             raise ValueError("subject is empty: give the word for what is in the picture, as in 'car'.")
         if mllm.hidden_size != adapter.hidden_size:
             raise ValueError(
