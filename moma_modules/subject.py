@@ -30,6 +30,7 @@ class Subject:
         images: References [N, 512, 512, 3] uint8, background included.
         masks: [N, 512, 512] bool, True on the subject.
         adapter_identity: Content hash of the adapter whose mapping made the embedding.
+        draw: What decided the choices in its texts (`choices.py`), for those of its prompts; empty if it had none.
     """
 
     embedding: Tensor
@@ -38,6 +39,7 @@ class Subject:
     images: Tensor
     masks: Tensor
     adapter_identity: str
+    draw: str = ""
 
     @cached_property
     def key(self) -> str:

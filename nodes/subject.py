@@ -9,8 +9,9 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..moma_modules.adapter import Adapter
+from ..moma_modules.choices import choose, fingerprint, has_choice
 from ..moma_modules.comfy_bridge import folders
-from ..moma_modules.comfy_bridge.editor import show_text
+from ..moma_modules.comfy_bridge.editor import run_id, show_text
 from ..moma_modules.comfy_bridge.saving import check_prefix, save_numbered
 from ..moma_modules.comfy_bridge.text import check_characters, plain_text
 from ..moma_modules.mllm.encode import subject_hidden_state
@@ -55,7 +56,7 @@ class ExtractSubject(io.ComfyNode):
                     multiline=True,
                     default="",
                     tooltip="What the new picture should show, as in 'A car in autumn with falling leaves.' Say the "
-                    "subject word in it.",
+                    "subject word in it. Of {beach|city}, each run takes one, the same one in all MoMA nodes.",
                 ),
                 io.Combo.Input(
                     "fit",
@@ -92,6 +93,10 @@ class ExtractSubject(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, subject: str | None, prompt: str | None, **_: Any) -> str:
+        return fingerprint(subject, prompt)
+
+    @classmethod
     def execute(
         cls,
         mllm: Mllm,
@@ -105,6 +110,8 @@ class ExtractSubject(io.ComfyNode):
     ) -> io.NodeOutput:
         check_characters("subject", subject)
         check_characters("prompt", prompt)
+        draw = run_id() if has_choice(subject, prompt) else ""
+        subject, prompt = choose(subject, draw), choose(prompt, draw)
         word = normalize("NFC", " ".join(subject.split()))  # accents in one way, so that equal words are equal
         if not visible(plain_text(word)).strip():
             raise ValueError("subject is empty: give the word for what is in the picture, as in 'car'.")
@@ -128,7 +135,7 @@ class ExtractSubject(io.ComfyNode):
             raise ValueError(f"mllm {mllm.name} gave NaN for this picture and prompt; choose precision bf16 or fp32.")
         show_text(coverage(references.masks))
         seen = what_was_seen(references.images, references.masks)
-        made = Subject(embedding, word, prompt, references.images, references.masks, adapter.identity)
+        made = Subject(embedding, word, prompt, references.images, references.masks, adapter.identity, draw)
         return io.NodeOutput(made, ui=ui.PreviewImage(seen, cls=cls))
 
 

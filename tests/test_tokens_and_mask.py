@@ -15,6 +15,7 @@ from comfyui_moma.moma_modules.reference_image import prepare_references
 from comfyui_moma.moma_modules.subject_mask import subject_mask, token_attention, token_values
 from comfyui_moma.moma_modules.subject_tokens import PROMPT_TEMPLATE, bare, fill_template, find_subject
 from comfyui_moma.moma_modules.token_text import Piece, bracketed, read_pieces
+from comfyui_moma.nodes.conditioning import TextEncode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -140,7 +141,7 @@ def test_an_embedding_as_the_subject_is_found_before_a_full_stop(tmp_path: Path)
 
 def test_a_missing_word_is_told_as_people_write_it(clip: Any, caplog: pytest.LogCaptureFixture) -> None:
     subject = replace(tiny_subject(tiny_adapter()), word="👩\u200d🚀 pokémon")
-    shown = encode_prompt(clip, subject, "A\nböat.", "{prompt}").shown
+    (shown,) = TextEncode.execute(clip, subject, "A\nböat.", "{prompt}").ui.as_dict()["text"]
     assert "the subject '👩\u200d🚀 pokémon' is not among the words of the prompt 'A böat.'" in shown
     assert shown in caplog.text
 

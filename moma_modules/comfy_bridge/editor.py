@@ -1,6 +1,8 @@
 """What the user sees while something runs: text and pictures on nodes. Without a client that looks, nothing is sent."""
 
+import logging
 from typing import Any
+from uuid import uuid4
 
 from comfy_execution.utils import get_executing_context
 from PIL import Image
@@ -15,6 +17,23 @@ def show_text(text: str) -> None:
     context, server = get_executing_context(), _server()
     if context is not None and server is not None:
         server.send_progress_text(text, context.node_id, server.client_id)
+
+
+def warn(text: str) -> None:
+    """Tell the user what went another way than meant: in the log, and as a notice in every view of the editor.
+
+    `web/moma.js` shows the notice. Texts on nodes are not seen in app mode.
+    """
+    logging.warning(text)
+    server = _server()
+    if server is not None:
+        server.send_sync("moma.notice", {"text": text}, server.client_id)
+
+
+def run_id() -> str:
+    """The id of the prompt that is being executed, or a new one outside of any."""
+    context = get_executing_context()
+    return uuid4().hex if context is None else str(context.prompt_id)
 
 
 def someone_looks() -> bool:

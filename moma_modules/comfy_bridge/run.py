@@ -4,7 +4,6 @@
 It travels in the run's own copy of the transformer options; nothing is kept on the model, in a module or in a patch.
 """
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.nn.functional import interpolate
 from .attention import FORWARD
 from .compilation import Compilation, take_compilation
 from .conditioning import Rows, attach_rows, subjects_in, take_rows
-from .editor import show_text
+from .editor import show_text, warn
 from .evaluation import Evaluation
 from .forward import Forward, SubjectRun
 from .image_tokens import ImageTokenLayers, image_token_layers
@@ -60,9 +59,10 @@ class RunState:
         self._found = subjects_in(guider.conds, keys)
         for entry, found in zip(self.settings.subjects, self._found, strict=True):
             if not found:
-                logging.warning(
+                warn(
                     f"MoMA: no positive prompt of this run knows where the subject {entry.subject.word!r} is, so its "
-                    "features reach the whole picture. Encode it with MoMA Text Encode, or add MoMA Mark Subject."
+                    "features reach the whole picture. Encode it with MoMA Text Encode and say its word in the prompt, "
+                    "or add MoMA Mark Subject."
                 )
         attach_rows(guider.conds, keys, noise)
         options = model_options["transformer_options"]

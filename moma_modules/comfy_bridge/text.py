@@ -1,6 +1,5 @@
 """Encoding text with a CLIP, and knowing where in it the subject is."""
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 from unicodedata import normalize
@@ -26,11 +25,13 @@ class EncodedPrompt:
         text: The full text.
         shown: The tokens as CLIP reads them, the subject's in brackets; or a warning if there are none (then there is
             no subject mask: the subject's features reach the whole picture).
+        found: Whether the subject is in the text.
     """
 
     conditioning: list
     text: str
     shown: str
+    found: bool
 
 
 def encode_prompt(clip: Any, subject: Subject, prompt: str, template: str) -> EncodedPrompt:
@@ -77,8 +78,7 @@ def _knowing(clip: Any, subject: Subject, conditioning: list, text: str, tokens:
             "automatic subject mask is off, and the subject's features reach the whole picture. Say the subject word "
             "in the prompt."
         )
-        logging.warning(shown)
-    return EncodedPrompt(mark_tokens(conditioning, {subject.key: positions}), text, shown)
+    return EncodedPrompt(mark_tokens(conditioning, {subject.key: positions}), text, shown, bool(positions))
 
 
 def encode_word(clip: Any, word: str) -> Tensor:
