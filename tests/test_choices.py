@@ -64,7 +64,7 @@ def test_word_prompt_and_encoded_text_agree(mllm: Any, adapter: Any, clip: Any) 
     """Whether the prompt is written once, or again at MoMA Text Encode."""
     image = torch.rand(1, 40, 30, 3, generator=torch.Generator().manual_seed(0))
     seen = set()
-    for _ in range(12):
+    for _ in range(20):
         with torch.inference_mode():
             (made,) = ExtractSubject.execute(
                 mllm, adapter, image, "{cup|mug}", "A {cup|mug} in {snow|rain}.", "squash"
@@ -79,7 +79,7 @@ def test_word_prompt_and_encoded_text_agree(mllm: Any, adapter: Any, clip: Any) 
 
 def test_a_subject_without_choices_leaves_them_to_the_run(clip: Any, adapter: Any) -> None:
     subject = tiny_subject(adapter)
-    texts = {TextEncode.execute(clip, subject, "{a|b|c|d}", "{prompt}").args[1] for _ in range(40)}
+    texts = {TextEncode.execute(clip, subject, "{a|b|c|d}", "{prompt}").args[1] for _ in range(200)}
     assert texts == {"a", "b", "c", "d"}
     drawn = replace(subject, draw="7")
     assert len({TextEncode.execute(clip, drawn, "{a|b|c|d}", "{prompt}").args[1] for _ in range(9)}) == 1

@@ -151,6 +151,56 @@ def test_an_error_says_the_same_in_the_editor_and_to_an_api_client(server: Comfy
     editor.close_dialogs()
 
 
+def extraction_only(editor: Editor, subject: str, prompt: str, template: str = "{subject}. {prompt}") -> None:
+    """The new_context workflow with these texts, down to the text that MoMA Text Encode gives."""
+    shown = workflow("new_context")
+    for node in shown["nodes"]:
+        if node["type"] == "MoMAExtractSubject":
+            node["widgets_values"][:2] = [subject, prompt]
+        elif node["type"] == "MoMATextEncode":
+            node["widgets_values"][1] = template
+    editor.load(shown, "choices")
+    editor.page.evaluate(
+        """() => {
+            const kinds = ['CheckpointLoaderSimple', 'LoadImage', 'MoMALoadMLLM', 'MoMALoadAdapter',
+                           'MoMAExtractSubject', 'MoMATextEncode']
+            app.graph.nodes.filter(node => !kinds.includes(node.type)).forEach(node => app.graph.remove(node))
+            const encode = app.graph.nodes.find(node => node.type === 'MoMATextEncode')
+            const preview = LiteGraph.createNode('PreviewAny')
+            app.graph.add(preview)
+            encode.connect(1, preview, 0)
+        }"""
+    )
+
+
+def test_a_choice_is_made_once_for_a_run(server: ComfyServer, editor: Editor) -> None:
+    """The editor passes it on as it is written; each run chooses, for word, prompt and encoded text alike."""
+    extraction_only(editor, "{cup|mug}", "A {cup|mug} in {snow|rain}.")
+    expected = {f"{thing}. A {thing} in {weather}." for thing in ("cup", "mug") for weather in ("snow", "rain")}
+    editor.queue(120_000)
+    (entry,) = json.loads(server.get("/history?max_items=1")).values()
+    prompt = editor.prompt()
+    (preview,) = [name for name, node in prompt.items() if node["class_type"] == "PreviewAny"]
+    assert entry["outputs"][preview]["text"][0] in expected
+    assert "A {cup|mug} in {snow|rain}." in [node["inputs"].get("prompt") for node in prompt.values()]
+    texts = {server.run(prompt).outputs[preview]["text"][0] for _ in range(12)}  # as an API client would
+    assert texts <= expected and len(texts) > 1
+
+
+def test_a_missing_word_is_seen_in_app_mode(editor: Editor) -> None:
+    """Where no node is shown, and so no text on one."""
+    extraction_only(editor, "cup", "A beach.", "{prompt}")
+    editor.page.evaluate("() => { app.extensionManager.workflow.activeWorkflow.activeMode = 'app' }")
+    try:
+        editor.page.wait_for_selector("[data-testid=linear-center-panel]", timeout=20_000)
+        editor.queue(120_000)
+        notice = editor.page.locator(".p-toast-message", has_text="the subject 'cup' is not among the words").first
+        notice.wait_for(timeout=20_000)
+        assert "Say the subject word in the prompt" in notice.inner_text()
+    finally:
+        editor.page.evaluate("() => { app.extensionManager.workflow.activeWorkflow.activeMode = 'graph' }")
+
+
 def test_a_missing_file_is_offered_for_download(server: ComfyServer, browser: Any) -> None:
     """From the models' addresses in the workflow's nodes; that the sizes cannot be asked for is no error of ours."""
     (server.base / "models" / BIREFNET).unlink()
