@@ -121,7 +121,8 @@ def load_subject(path: Path) -> Subject:
             metadata = file.metadata() or {}
             _check_format(metadata, path)
             _check_shapes(file, path)
-            embedding, images, masks = (file.get_tensor(name) for name in NAMES)
+            # Copied: what stays mapped keeps the file from being replaced on Windows.
+            embedding, images, masks = (file.get_tensor(name).clone() for name in NAMES)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable saved subject: {error}") from error
     if not embedding.isfinite().all():

@@ -12,7 +12,8 @@ import pytest
 import torch
 from bootstrap import ROOT
 from comfyui_moma.moma_modules.adapter import load_adapter
-from comfyui_moma.moma_modules.adapter_file import convert_adapter, is_adapter_safetensors, read_adapter
+from comfyui_moma.moma_modules.adapter_file import convert_adapter, read_adapter
+from comfyui_moma.moma_modules.file_kinds import ADAPTER, kind_of
 from comfyui_moma.moma_modules.files import locked
 from comfyui_moma.moma_modules.subject import load_subject, save_subject
 from comfyui_moma.nodes.subject import SaveSubject
@@ -43,7 +44,7 @@ def test_the_converted_adapter_is_the_same(adapter_path: Path) -> None:
     assert done.returncode == 0 and target.name in done.stdout, done.stderr
     assert adapter_path.read_bytes() == before and not list(adapter_path.parent.glob("*.part"))
     old, new = read_adapter(adapter_path), read_adapter(target)
-    assert is_adapter_safetensors(target) and new.identity == old.identity and new.scales == old.scales
+    assert kind_of(target) == ADAPTER and new.identity == old.identity and new.scales == old.scales
     assert old.tensors.keys() == new.tensors.keys()
     assert all(torch.equal(old.tensors[key], new.tensors[key]) for key in old.tensors)
     assert {tensor.dtype for tensor in new.tensors.values()} == {torch.float16}

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
+from ..file_kinds import LLAVA, MLLM, MLLM_FORMAT, kind_of
 from ..release import GET_AGAIN
 from .shapes import (
     CONFIG,
@@ -32,7 +32,7 @@ from .shapes import (
 from .weight_files import incomplete, missing_files, read_folder_weights, read_json, read_safetensors, weight_files
 
 TOKENIZER = "tokenizer.model"
-FORMAT, FORMAT_VERSION = "moma_mllm", "1"
+FORMAT, FORMAT_VERSION = MLLM_FORMAT, "1"
 """What the metadata of a converted file says it is."""
 
 TOKENIZER_KEY = "tokenizer"
@@ -79,29 +79,21 @@ class Checkpoint:
 def find_checkpoints(roots: Iterable[Path]) -> dict[str, Path]:
     """LLaVA folders and converted files at or below `roots`, by path relative to their root; the first root wins.
 
-    Links are followed, but not back to a folder they lie in. Hidden folders are left out.
+    Links are followed, but not back to a folder they lie in. Hidden folders are left out. Only files that are new or
+    have changed are opened.
     """
     found: dict[str, Path] = {}
     for root in roots:
         for folder, subfolders, files in os.walk(root, followlinks=True):
             path = Path(folder)
-            if CONFIG in files and _is_llava(path / CONFIG):
+            if CONFIG in files and kind_of(path / CONFIG) == LLAVA:
                 found.setdefault(path.relative_to(root).as_posix() if path != root else root.name, path)
             for file in files:
-                if file.endswith(".safetensors") and is_converted(path / file):
+                if file.endswith(".safetensors") and kind_of(path / file) == MLLM:
                     found.setdefault((path / file).relative_to(root).as_posix(), path / file)
             deep = len(path.relative_to(root).parts) >= MAX_DEPTH
             subfolders[:] = [] if deep else [name for name in subfolders if _leads_on(path / name)]
     return found
-
-
-def is_converted(path: Path) -> bool:
-    """Whether a `.safetensors` file says that it is a converted checkpoint (only the header is read)."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
-    except (SafetensorError, OSError):
-        return False
 
 
 def absent_files(path: Path) -> list[str]:
@@ -161,14 +153,6 @@ def _leads_on(folder: Path) -> bool:
         return all(real != above.resolve() for above in folder.parents)
     except (OSError, RuntimeError):  # a link to itself is a RuntimeError before Python 3.13
         return False
-
-
-def _is_llava(config: Path) -> bool:
-    try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and "mm_projector_type" in content
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any], SentencePieceProcessor, dict[str, Tensor]]:
