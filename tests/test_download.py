@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -15,9 +16,10 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
+from bootstrap import ROOT
 from comfyui_moma.moma_modules.comfy_bridge import folders
 from comfyui_moma.moma_modules.comfy_bridge.download import download_mllm
-from comfyui_moma.moma_modules.download.client import WORKER, fetch
+from comfyui_moma.moma_modules.download.client import WORKER, fetch, start_options
 from comfyui_moma.moma_modules.release import ADAPTER_FILE, ADAPTER_NAME, FOLDER, MLLM_FILES, REPOSITORY
 from comfyui_moma.nodes.loaders import LoadAdapter, LoadMllm
 from hub_server import COMMIT, HubFile, HubServer
@@ -219,6 +221,36 @@ def test_two_processes_fetch_a_file_once(hub: HubServer, folder: Path) -> None:
     assert not failures and names(folder) == {BIG}
     assert (folder / BIG).read_bytes() == hub.files[BIG].content
     assert hub.sent(f"store/{BIG}") == [0]
+
+
+def test_windows_opens_no_console_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing that window would end the download."""
+    monkeypatch.setenv("HF_HOME", "x")
+    assert start_options("win32")["creationflags"] & 0x08000000  # CREATE_NO_WINDOW
+    assert not start_options("win32")["creationflags"] & 0x00000018  # DETACHED_PROCESS, CREATE_NEW_CONSOLE
+    if sys.platform == "win32":
+        assert start_options("win32")["creationflags"] == subprocess.CREATE_NO_WINDOW
+    assert "start_new_session" not in start_options("win32")
+    for platform in ("linux", "darwin"):
+        assert start_options(platform)["start_new_session"] and "creationflags" not in start_options(platform)
+    assert all(start_options(platform)["env"]["HF_HOME"] == "x" for platform in ("win32", "linux"))
+
+
+def test_it_runs_in_comfyuis_python_without_a_shell() -> None:
+    """With the switch of the portable ComfyUI, which leaves the user's own packages out."""
+    code = "import sys; from moma_modules.download.client import worker_command; print(worker_command('{}'))"
+    for switches in ([], ["-s"]):
+        done = subprocess.run(
+            [sys.executable, *switches, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == repr([sys.executable, *switches, str(WORKER), "{}"])
+
+
+def test_only_the_download_starts_a_process() -> None:
+    """What scanners of node packs look for, in one known place."""
+    starts = re.compile(r"subprocess|os\.(?:system|popen|spawn|exec|startfile)|\b(?:eval|exec)\(|pty\b|multiprocessing")
+    files = [*(ROOT / "moma_modules").rglob("*.py"), *(ROOT / "nodes").rglob("*.py"), ROOT / "__init__.py"]
+    assert [path.name for path in files if starts.search(path.read_text("utf-8"))] == ["client.py"]
 
 
 def test_the_worker_ends_with_the_process_that_started_it(hub: HubServer, folder: Path) -> None:
