@@ -1,5 +1,6 @@
 """Putting settings, wrappers and attention patches on a clone of a MODEL."""
 
+from dataclasses import replace
 from typing import Any
 
 from comfy.patcher_extension import CallbacksMP, WrappersMP
@@ -16,6 +17,9 @@ _WRAPPERS = (
     (WrappersMP.CALC_COND_BATCH, run.calc_cond_batch),
     (WrappersMP.APPLY_MODEL, run.apply_model),
 )
+
+_ON_ANOTHER_DEVICE = "on_deepclone_multigpu"
+"""`CallbacksMP.ON_DEEPCLONE_MULTIGPU`, which older versions of ComfyUI do not have."""
 
 
 def settings_of(model: Any) -> Settings | None:
@@ -37,6 +41,8 @@ def patched(model: Any, settings: Settings) -> Any:
         clone.add_wrapper_with_key(kind, KEY, wrapper)
     clone.remove_callbacks_with_key(CallbacksMP.ON_CLONE, KEY)
     clone.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, _own_patches)
+    clone.remove_callbacks_with_key(_ON_ANOTHER_DEVICE, KEY)
+    clone.add_callback_with_key(_ON_ANOTHER_DEVICE, KEY, _own_adapters)
     fill_slots(clone.model_options["transformer_options"], settings.has_shortcut)
     return clone
 
@@ -47,3 +53,16 @@ def _own_patches(_: Any, clone: Any) -> None:
         for place, patch in slots.items():
             if isinstance(patch, AttentionPatch):
                 slots[place] = patch.copy()
+
+
+def _own_adapters(original: Any, clone: Any) -> None:
+    """A MODEL for another device (Select Model Device): ComfyUI made its adapters anew for that device; use these."""
+    before, made = (model.get_additional_models_with_key(KEY) for model in (original, clone))
+    patchers = {id(old.model): new for old, new in zip(before, made, strict=True)}
+    settings = settings_of(clone)
+    if settings is not None:
+        subjects = tuple(
+            replace(entry, adapter=replace(entry.adapter, patcher=patchers[id(entry.adapter.module)]))
+            for entry in settings.subjects
+        )
+        clone.set_attachments(KEY, replace(settings, subjects=subjects))

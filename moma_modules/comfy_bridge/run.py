@@ -191,9 +191,10 @@ def _area(part: Any, noise: Tensor) -> Tensor | None:
     """A region mask on the run's canvas [B, H, W]."""
     if part is None or part.window.region is None:
         return None
-    region = part.window.region.to(noise.device, torch.float32)
+    # On the CPU: Apple's GPUs resize by area only where the sizes are multiples of each other.
+    region = part.window.region.to("cpu", torch.float32)
     resized = interpolate(region[:, None], size=noise.shape[-2:], mode="area")[:, 0]
-    return comfy.utils.repeat_to_batch_size(resized, noise.shape[0])
+    return comfy.utils.repeat_to_batch_size(resized, noise.shape[0]).to(noise.device)
 
 
 def _times(mask: Tensor, area: Tensor | None) -> Tensor:
