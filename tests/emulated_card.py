@@ -71,13 +71,15 @@ class Record:
 
     Attributes:
         waits: How often the host waited, and where.
-        operations: Names of the operations that the pack's own code ran there, and where it did first.
+        calls: Names of the torch operations that the pack's own code called there, and where it did first.
+        kernels: Those that were run for them.
         promotions: Operations of the pack's on floating-point operands of several dtypes, and where.
         dtypes: Of the pack's results there.
     """
 
     waits: Counter[Wait] = field(default_factory=Counter)
-    operations: dict[str, str] = field(default_factory=dict)
+    calls: dict[str, str] = field(default_factory=dict)
+    kernels: dict[str, str] = field(default_factory=dict)
     promotions: dict[str, str] = field(default_factory=dict)
     dtypes: set[torch.dtype] = field(default_factory=set)
 
@@ -123,6 +125,14 @@ class OnCard(torch.Tensor):
         """Of the values, so that sharing can be seen."""
         return self._values.untyped_storage()
 
+    def tolist(self) -> Any:
+        """As torch's own, through the CPU."""
+        return self.cpu().tolist()
+
+    def numpy(self, *_: Any, **__: Any) -> Any:
+        """As torch's own."""
+        raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first.")
+
     def data_ptr(self) -> int:
         """Of the values."""
         return self._values.data_ptr()
@@ -136,6 +146,7 @@ class _Cards(TorchDispatchMode):
     def __init__(self, record: Record) -> None:
         super().__init__()
         self._record = record
+        self._within_call = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -143,25 +154,35 @@ class _Cards(TorchDispatchMode):
         if not any(isinstance(tensor, OnCard) for tensor in tensors) and not any(map(_is_card, _parts(args, kwargs))):
             return func(*args, **kwargs)
         operation = _operation(func)
-        if operation.composite:
-            with self:
-                return func._op_dk(_COMPOSITE, *args, **kwargs)
-        device = _result_device(operation.name, tensors, args, kwargs)
-        self._note(operation.name, tensors, args, kwargs, device)
-        return _computed(func, operation, args, kwargs, device)
-
-    def _note(self, name: str, tensors: list[torch.Tensor], args: Any, kwargs: Any, device: torch.device) -> None:
-        frame = sys._getframe(2)
+        frame = sys._getframe(1)
         site, ours = _asked_by(frame)
-        what = _wait(name, args, kwargs, device)
+        if ours and not self._within_call:
+            self._record.calls.setdefault(operation.name, site)
+        if operation.composite:
+            return self._taken_apart(func, args, kwargs)
+        device = _result_device(operation.name, tensors, args, kwargs)
+        what = _wait(operation.name, args, kwargs, device)
         if what is not None:
             self._record.waits[Wait(what, site, ours, _within(frame, STEP))] += 1
         if ours:
-            self._record.operations.setdefault(name, site)
-            self._record.dtypes |= {tensor.dtype for tensor in tensors}
-            floats = {tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.ndim}
-            if len(floats) > 1 and name not in _BRIDGES:
-                self._record.promotions.setdefault(name, site)
+            self._note(operation.name, site, tensors)
+        return _computed(func, operation, args, kwargs, device)
+
+    def _taken_apart(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operation that is made of others: these come back here."""
+        outer, self._within_call = self._within_call, True
+        try:
+            with self:
+                return func._op_dk(_COMPOSITE, *args, **kwargs)
+        finally:
+            self._within_call = outer
+
+    def _note(self, name: str, site: str, tensors: list[torch.Tensor]) -> None:
+        self._record.kernels.setdefault(name, site)
+        self._record.dtypes |= {tensor.dtype for tensor in tensors}
+        floats = {tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.ndim}
+        if len(floats) > 1 and name not in _BRIDGES:
+            self._record.promotions.setdefault(name, site)
 
 
 @contextmanager

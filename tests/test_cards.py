@@ -13,27 +13,34 @@ import torch
 import torchgen
 import yaml
 from comfy.ldm.modules.attention import attention_pytorch
+from comfyui_moma.moma_modules.adapter import load_adapter
 from comfyui_moma.moma_modules.comfy_bridge.conditioning import mark_tokens
 from comfyui_moma.moma_modules.comfy_bridge.patching import patched, settings_of
 from comfyui_moma.moma_modules.subject import combine_subjects
 from emulated_card import SECOND, Record, emulated_cards
 from fake_device import CARD
-from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
-from tiny_models import seeded, tiny_model
+from scene import EMBEDDING, close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
+from tiny_models import adapter_groups, seeded, tiny_model
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """What a picture may differ from the CPU's: there the shortcut is computed in another order."""
 
-OPERATIONS = {
-    *("_to_copy", "_unsafe_view", "alias", "clone", "detach", "detach_", "expand", "lift_fresh", "select", "slice"),
-    *("split", "t", "transpose", "unbind", "unsqueeze", "view", "permute", "as_strided", "copy_"),
-    *("arange", "ones", "ones_like", "scalar_tensor", "zero_", "zeros", "zeros_like"),
-    *("cat", "constant_pad_nd", "index", "index_add_", "stack", "repeat", "upsample_nearest2d"),
-    *("add", "add_", "addcmul", "addmm", "bitwise_and", "clamp", "div", "eq", "ge", "gt", "le", "mm", "mul", "sub"),
-    *("amax", "amin", "aminmax", "any", "mean", "native_layer_norm", "scaled_dot_product_attention", "sum", "where"),
+CALLS = {
+    *("alias", "contiguous", "detach", "detach_", "expand", "expand_as", "flatten", "reshape", "select", "slice"),
+    *("split", "to", "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as"),
+    *("arange", "ones", "ones_like", "zero_", "zeros", "zeros_like"),
+    *("cat", "index", "index_add_", "item", "pad", "stack", "upsample_nearest2d", "where"),
+    *("__and__", "add", "add_", "addcmul", "clamp", "div", "eq", "ge", "gt", "le", "mul", "sub"),
+    *("amax", "amin", "aminmax", "any", "mean", "sum"),
+    *("layer_norm", "linear", "scaled_dot_product_attention"),
 }
-"""All that the pack itself runs on the sampling device. Small, so that every kind of device has each of them."""
+"""All that the pack itself calls of torch on the sampling device. Small, so that every kind of device has each of it."""
+
+START = 120
+"""At most so often the host waits before the first step: for the prompts' rows, and once for each new reference."""
+END = 16
+"""At most so often after the last one, when the masks and the film go to the CPU."""
 
 
 @dataclass
@@ -213,3 +220,78 @@ def test_the_adapter_computes_where_it_is(models: Any, adapter: Any, places: str
     check(record)
     assert close(samples, expected)
     assert all(close(found[key], mask, 1e-3) for key, mask in masks.items())
+
+
+@pytest.mark.parametrize("cfg", [1.0, 7.5])
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m_sde", "dpmpp_sde", "heun", "uni_pc", "lcm"])
+def test_other_samplers(models: Any, adapter: Any, sampler: str, cfg: float) -> None:
+    def scene(model: Any, adapter: Any) -> Scene:
+        return replace(simple(model, adapter), sampler=sampler, cfg=cfg)
+
+    expected, _ = on_cpu(scene, models(torch.float32), adapter)
+    samples, _, record = run(scene, models(torch.float32), adapter)
+    check(record)
+    assert close(samples, expected, 1e-3)
+
+
+def test_what_the_host_waits_for_does_not_grow_with_the_steps(models: Any, adapter: Any) -> None:
+    few, many = (run(everything, models(torch.float32), adapter, steps=steps)[2] for steps in (2, 12))
+    for record in (few, many):
+        check(record)
+        end = sum(count for wait, count in record.ours(in_step=False).items() if "run_log" in wait)
+        assert 0 < end <= END
+        assert sum(record.ours(in_step=False).values()) - end <= START
+    assert {wait for wait in many.ours(in_step=False)} == {wait for wait in few.ours(in_step=False)}
+
+
+def test_all_that_is_called_on_the_device_is_a_small_set(models: Any, adapter: Any) -> None:
+    """What is new here: does every kind of device have it, for these sizes and types? Then add it."""
+    _, _, record = run(everything, models(torch.float16), adapter)
+    assert set(record.calls) == CALLS, record.calls
+    assert record.dtypes == {torch.float16, torch.float32, torch.int64, torch.uint8, torch.bool}
+
+
+def without_kernel(operations: set[str], device: str) -> set[str]:
+    """Those operations that torch, by its own table, neither has on a kind of device nor makes of what it has there."""
+    file = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native" / "native_functions.yaml"
+    entries = {entry["func"].partition("(")[0]: entry for entry in yaml.load(file.read_text("utf-8"), yaml.SafeLoader)}
+    everywhere = {device} | {f"Composite{kind}" for kind in ("ImplicitAutograd", "ExplicitAutograd")}
+    found: set[str] = set()
+    for name, entry in entries.items():
+        implemented = entries[entry["structured_delegate"]] if "structured_delegate" in entry else entry
+        keys = implemented.get("dispatch", {"CompositeImplicitAutograd": ""})
+        if everywhere & {key.strip() for several in keys for key in several.split(",")}:
+            found.add(name.partition(".")[0])
+    return operations - found
+
+
+def test_apple_has_all_that_runs_on_the_device(models: Any, adapter: Any) -> None:
+    _, _, record = run(everything, models(torch.float16), adapter)
+    assert not without_kernel(set(record.kernels), "MPS")
+    assert without_kernel({"geqrf", "linalg_eig"}, "MPS") == {"geqrf", "linalg_eig"}
+
+
+def test_select_model_device_after_our_nodes(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node makes the MODEL anew on another card, and so it does the adapter that goes with it."""
+    nodes = pytest.importorskip("comfy_extras.nodes_multigpu")
+    torch.save(adapter_groups(embedding=EMBEDDING), tmp_path / "adapter.th")
+    adapter = load_adapter(tmp_path / "adapter.th")
+    expected, masks = on_cpu(simple, models(torch.float32), adapter)
+    monkeypatch.setattr(comfy.model_management, "get_all_torch_devices", lambda *_, **__: [CARD, SECOND])
+    with emulated_cards() as record, on(models(torch.float32), adapter, CARD, CARD) as first:
+        first.cached_patcher_init = (tiny_model, ())
+        scene = simple(first, adapter)
+        moved = nodes.SelectModelDeviceNode.execute(scene.model, "gpu:1")[0]
+        (entry,) = settings_of(moved).subjects
+        assert moved.load_device == entry.adapter.device == SECOND and adapter.device == CARD
+        assert moved.get_additional_models_with_key("moma") == [entry.adapter.patcher]
+        with (
+            watched(moved.model.diffusion_model, SECOND, torch.float32) as unet,
+            watched(entry.adapter.module, SECOND, torch.float32) as projections,
+        ):
+            samples = replace(scene, model=moved).sample()
+        assert unet and projections
+        assert close(samples, expected)
+        assert close(next(iter(masks_of(moved, samples).values())), next(iter(masks.values())), 1e-3)
+        assert close(scene.sample(), expected)  # the first one still runs on its own card
+    check(record)
