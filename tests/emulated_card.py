@@ -207,6 +207,7 @@ def emulated_cards() -> Iterator[Record]:
                 mem_get_info=lambda *_: (1 << 34, 1 << 34),
             ),
             mock.patch.object(torch, "Generator", _generator(torch.Generator)),
+            mock.patch.object(torch, "tensor", _tensor(torch.tensor)),
             _Cards(record),
         ):
             yield record
@@ -218,6 +219,17 @@ def emulated_cards() -> Iterator[Record]:
 def _generator(real: Any) -> Any:
     """A card's random numbers come from a generator of the CPU's."""
     return lambda device="cpu": real("cpu" if _is_card(torch.device(device)) else device)
+
+
+def _tensor(real: Any) -> Any:
+    """`torch.tensor` reads numbers in a list past everything that could tell it where they are."""
+
+    def numbers(data: Any) -> Any:
+        if isinstance(data, list | tuple):
+            return [numbers(member) for member in data]
+        return data.item() if isinstance(data, OnCard) and data.ndim == 0 else data
+
+    return lambda data, *args, **kwargs: real(numbers(data), *args, **kwargs)
 
 
 def _is_card(thing: Any) -> bool:

@@ -17,6 +17,7 @@ WAITS: dict[str, Callable[[torch.Tensor], object]] = {
     "to the CPU": lambda x: x.cpu(),
     "from the CPU": lambda x: x + torch.ones(4).to(x.device),
     "a new tensor": lambda x: torch.tensor([1.0], device=x.device),
+    "numbers in a list": lambda x: torch.tensor([x[0], x[1]]),
     "nonzero": lambda x: x.nonzero(),
     "where": lambda x: torch.where(x > 1),
     "a mask as index": lambda x: x[x > 1],
