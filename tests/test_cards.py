@@ -13,6 +13,7 @@ import torch
 import torchgen
 import yaml
 from comfy.ldm.modules.attention import attention_pytorch
+from comfy_execution.utils import CurrentNodeContext
 from comfyui_moma.moma_modules.adapter import load_adapter
 from comfyui_moma.moma_modules.comfy_bridge.conditioning import mark_tokens
 from comfyui_moma.moma_modules.comfy_bridge.patching import patched, settings_of
@@ -248,6 +249,47 @@ def test_what_the_host_waits_for_does_not_grow_with_the_steps(models: Any, adapt
         assert 0 < end <= END
         assert sum(record.ours(in_step=False).values()) - end <= START
     assert {wait for wait in many.ours(in_step=False)} == {wait for wait in few.ours(in_step=False)}
+
+
+class Client:
+    """Somebody who looks: takes what ComfyUI's server would send."""
+
+    client_id = "somebody"
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.pictures: list[Any] = []
+
+    def send_progress_text(self, text: str, *_: Any) -> None:
+        self.texts.append(text)
+
+    def send_sync(self, _: Any, message: Any, *__: Any) -> None:
+        self.pictures.append(message[0][1])
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_only_a_live_mask_makes_the_host_wait_within_steps(
+    models: Any, adapter: Any, monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    """Once for each picture, where the user asked for it and somebody looks."""
+    server = pytest.importorskip("server", reason="needs a running one", exc_type=Exception)
+    client = Client()
+    monkeypatch.setattr(server.PromptServer, "instance", client, raising=False)
+
+    def scene(model: Any, adapter: Any) -> Scene:
+        shown = simple(model, adapter)
+        settings = settings_of(shown.model)
+        (entry,) = settings.subjects
+        tokens = replace(entry.image_tokens, show_on="7" if asked else None)
+        return replace(
+            shown, model=patched(shown.model, settings.with_subject(entry.subject, adapter, image_tokens=tokens))
+        )
+
+    with CurrentNodeContext("a prompt", "7"):
+        _, _, record = run(scene, models(torch.float32), adapter)
+    assert bool(client.pictures) == asked and client.texts
+    expected = {"cuda to cpu at moma_modules/pictures.py:picture": len(client.pictures)} if asked else {}
+    assert record.ours(in_step=True) == expected
 
 
 def test_all_that_is_called_on_the_device_is_a_small_set(models: Any, adapter: Any) -> None:

@@ -59,7 +59,8 @@ class PackedLinear(CastLinear, ABC):
         weight, bias, stream = comfy.ops.cast_bias_weight(
             self, x, dtype=self.weight.dtype, bias_dtype=x.dtype, offloadable=True
         )
-        product = self.multiply(x, weight, self.weight_scale.to(x.device), bias)
+        scale = comfy.model_management.cast_to_device(self.weight_scale, x.device, None)  # does not wait for the device
+        product = self.multiply(x, weight, scale, bias)
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return product
 
