@@ -17,11 +17,26 @@ from comfy_execution.utils import CurrentNodeContext
 from comfyui_moma.moma_modules.adapter import load_adapter
 from comfyui_moma.moma_modules.comfy_bridge.conditioning import mark_tokens
 from comfyui_moma.moma_modules.comfy_bridge.patching import patched, settings_of
+from comfyui_moma.moma_modules.reference_image import prepare_references
 from comfyui_moma.moma_modules.subject import combine_subjects
+from comfyui_moma.nodes.conditioning import TextEncode
+from comfyui_moma.nodes.mask import SubjectMask
+from comfyui_moma.nodes.patches import ApplyAdapter, SelfAttnShortcut
 from emulated_card import SECOND, Record, emulated_cards
 from fake_device import CARD
-from scene import EMBEDDING, close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
-from tiny_models import adapter_groups, seeded, tiny_model
+from scene import (
+    EMBEDDING,
+    close,
+    masks_of,
+    moma,
+    negative,
+    positive,
+    sample,
+    tiny_adapter,
+    tiny_shortcut,
+    tiny_subject,
+)
+from tiny_models import adapter_groups, seeded, tiny_clip, tiny_model, tiny_vae
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -123,8 +138,8 @@ def on(model: Any, adapter: Any, device: torch.device, adapter_device: torch.dev
     clone = model.clone()
     clone.load_device = device
     # What ComfyUI chooses on a card; on a CPU it would be its own, in pieces.
-    clone.model_options["transformer_options"]["optimized_attention_override"] = (
-        lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)
+    clone.model_options["transformer_options"]["optimized_attention_override"] = lambda _, *args, **kwargs: (
+        attention_pytorch(*args, **kwargs)
     )
     before = adapter.patcher.load_device
     adapter.patcher.load_device = adapter_device
@@ -343,3 +358,31 @@ def test_select_model_device_after_our_nodes(models: Any, tmp_path: Path, monkey
         assert close(next(iter(masks_of(moved, samples).values())), next(iter(masks.values())), 1e-3)
         assert close(scene.sample(), expected)  # the first one still runs on its own card
     check(record)
+
+
+def through_the_nodes(model: Any, adapter: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples and mask, where all that ComfyUI's own nodes hand over lies on `device`."""
+    vae, clip = tiny_vae(), tiny_clip()
+    vae.device = vae.output_device = vae.patcher.load_device = clip.patcher.load_device = device
+    image = torch.rand(1, 40, 56, 3, generator=torch.Generator().manual_seed(3))
+    left = torch.zeros(1, 40, 56)
+    left[..., :30] = 1
+    seen = prepare_references(image.to(device), left.to(device))
+    subject = replace(tiny_subject(adapter), images=seen.images, masks=seen.masks)
+    prompt = TextEncode.execute(clip, subject, "a car on a table", "photo of a {subject}. {prompt}")[0]
+    model = ApplyAdapter.execute(model, adapter, subject, 1.0, 0.0, 1.0, left.to(device))[0]
+    model = SelfAttnShortcut.execute(model, adapter, subject, vae, clip, 1.0, 0.0, 1.0, 0, left.to(device))[0]
+    samples = Scene(model, prompt).sample()
+    mask = SubjectMask.execute(model, {"samples": samples.to(device)})[0]
+    return samples, mask
+
+
+def test_all_on_the_card_as_with_gpu_only(models: Any, adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models(torch.float32)
+    with torch.inference_mode(), on(model, adapter, CPU, CPU) as placed:
+        samples, mask = through_the_nodes(placed, adapter, CPU)
+    monkeypatch.setattr(comfy.model_management, "intermediate_device", lambda: CARD)
+    with emulated_cards() as record, torch.inference_mode(), on(model, adapter, CARD, CARD) as placed:
+        found, found_mask = (part.cpu() for part in through_the_nodes(placed, adapter, CARD))
+    check(record)
+    assert close(found, samples) and close(found_mask, mask, 1e-3)
