@@ -10,15 +10,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from functools import cache
+from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 from unittest import mock
 
 import torch
 from bootstrap import ROOT, comfyui_path
-from fake_device import CARD
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SECOND = torch.device("cuda:1")

@@ -1,4 +1,4 @@
-"""A graphics card that is not there: tensors with a device and a size, but no content.
+"""A graphics card that is not there, for counting memory: tensors with a device and a size, but no content.
 
 ComfyUI's patcher and the whole forward run on it as they are. torch itself refuses an operation whose operands are on
 two devices, as a card would.

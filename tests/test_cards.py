@@ -32,7 +32,6 @@ from scene import (
     negative,
     positive,
     sample,
-    tiny_adapter,
     tiny_shortcut,
     tiny_subject,
 )
@@ -51,7 +50,7 @@ CALLS = {
     *("amax", "amin", "aminmax", "any", "mean", "sum"),
     *("layer_norm", "linear", "scaled_dot_product_attention"),
 }
-"""All that the pack itself calls of torch on the sampling device. Small, so that every kind of device has each of it."""
+"""All that the pack itself calls of torch on the sampling device: little, so that every kind of device has it."""
 
 START = 120
 """At most so often the host waits before the first step: for the prompts' rows, and once for each new reference."""

@@ -1,4 +1,4 @@
-"""The emulated cards themselves: they refuse what a card refuses, notice what makes the host wait, and leave nothing."""
+"""The emulated cards themselves: they refuse what a card refuses, notice what the host waits for, and leave nothing."""
 
 from collections.abc import Callable
 
