@@ -73,14 +73,14 @@ class Record:
         calls: Names of the torch operations that the pack's own code called there, and where it did first.
         kernels: Those that were run for them.
         promotions: Operations of the pack's on floating-point operands of several dtypes, and where.
-        dtypes: Of the pack's results there.
+        dtypes: What operands each of these kernels had.
     """
 
     waits: Counter[Wait] = field(default_factory=Counter)
     calls: dict[str, str] = field(default_factory=dict)
     kernels: dict[str, str] = field(default_factory=dict)
     promotions: dict[str, str] = field(default_factory=dict)
-    dtypes: set[torch.dtype] = field(default_factory=set)
+    dtypes: dict[str, set[torch.dtype]] = field(default_factory=dict)
 
     def ours(self, in_step: bool) -> Counter[str]:
         """The pack's waits within or outside of steps: "what at site" and how often."""
@@ -178,7 +178,7 @@ class _Cards(TorchDispatchMode):
 
     def _note(self, name: str, site: str, tensors: list[torch.Tensor]) -> None:
         self._record.kernels.setdefault(name, site)
-        self._record.dtypes |= {tensor.dtype for tensor in tensors}
+        self._record.dtypes.setdefault(name, set()).update(tensor.dtype for tensor in tensors)
         floats = {tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.ndim}
         if len(floats) > 1 and name not in _BRIDGES:
             self._record.promotions.setdefault(name, site)

@@ -114,9 +114,9 @@ class Forward:
         """A factor [B, H, W] for this forward's rows at a layer's size: [R, T, 1]."""
         if (part, size) not in self._layer_factors:
             if part not in self._row_factors:
-                self._row_factors[part] = factor.to(dtype).flatten()[self.rows.pixels]
+                self._row_factors[part] = factor.flatten()[self.rows.pixels]
             resized = interpolate(self._row_factors[part], size=size, mode="nearest")
-            self._layer_factors[part, size] = resized.flatten(1)[..., None]
+            self._layer_factors[part, size] = resized.to(dtype).flatten(1)[..., None]
         return self._layer_factors[part, size]
 
     def _places_of(self, part: Part, size: Size, at_layer: Tensor) -> Tensor:
