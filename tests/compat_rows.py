@@ -58,6 +58,18 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             "compat_weights::test_precisions",
         ),
         Row(
+            "Select Model Device before our nodes",
+            WORKS,
+            "The adapter computes where it is, once per run.",
+            "cards::test_the_adapter_computes_where_it_is",
+        ),
+        Row(
+            "Select Model Device after our nodes",
+            WORKS,
+            "The adapter goes with the model.",
+            "cards::test_select_model_device_after_our_nodes",
+        ),
+        Row(
             "--lowvram, --novram",
             WORKS,
             "ComfyUI's loading in these modes, tried on the CPU: weights are cast layer by layer.",
