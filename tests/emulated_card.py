@@ -191,7 +191,9 @@ def emulated_cards() -> Iterator[Record]:
     statistics: Counter[str] = Counter()
     replace = torch.__future__.get_overwrite_module_params_on_conversion()
     lift = torch._C._only_lift_cpu_tensors()
-    torch._C._ensureCUDADeviceGuardSet()  # as torch's own fake tensors do on a machine without a card
+    if torch.cuda.is_available():
+        torch.cuda.init()  # or torch would take the real card for ready after what follows
+    torch._C._ensureCUDADeviceGuardSet()  # as torch's own fake tensors do on a machine without a card; it stays set
     torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor` with a device is made on the CPU, then moved
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # a module that moves gets other parameters
     try:

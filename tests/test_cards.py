@@ -231,6 +231,25 @@ def test_a_run_on_a_card_is_that_on_the_cpu(models: Any, adapter: Any, whole_run
     assert close(samples, expected, TOLERANCE[dtype])
 
 
+def test_weights_in_fp8(adapter: Any) -> None:
+    """Cast for every layer, in what the MODEL computes in; so do the adapter's."""
+    model = tiny_model(dtype=torch.float8_e4m3fn, compute=torch.bfloat16)
+    expected, _ = on_cpu(simple, model, adapter)
+    samples, _, record = run(simple, model, adapter)
+    check(record)
+    assert close(samples, expected, TOLERANCE[torch.bfloat16])
+
+
+def test_weights_that_are_streamed(models: Any, adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--novram: those of the MODEL and the adapter stay on the CPU and are brought for every layer."""
+    expected, _ = on_cpu(simple, models(torch.float32), adapter)
+    monkeypatch.setattr(comfy.model_management, "vram_state", comfy.model_management.VRAMState.NO_VRAM)
+    samples, _, record = run(simple, models(torch.float32), adapter)
+    check(record)
+    assert not any("model_patcher.py:load" in wait for wait in record.others())
+    assert close(samples, expected)
+
+
 PLACES = {
     "the adapter on the second card": (CARD, SECOND),
     "the MODEL on the second card": (SECOND, CARD),
