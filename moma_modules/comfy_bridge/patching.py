@@ -61,8 +61,8 @@ def _own_adapters(original: Any, clone: Any) -> None:
     patchers = {id(old.model): new for old, new in zip(before, made, strict=True)}
     settings = settings_of(clone)
     if settings is not None:
-        adapters = [entry.adapter for entry in settings.subjects]
-        moved = [replace(adapter, patcher=patchers.get(id(adapter.module), adapter.patcher)) for adapter in adapters]
-        pairs = zip(settings.subjects, moved, strict=True)
-        subjects = tuple(replace(entry, adapter=adapter) for entry, adapter in pairs)
+        subjects = tuple(
+            replace(entry, adapter=replace(entry.adapter, patcher=patchers[id(entry.adapter.module)]))
+            for entry in settings.subjects
+        )
         clone.set_attachments(KEY, replace(settings, subjects=subjects))
