@@ -45,8 +45,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 CALLS = {
     *("alias", "contiguous", "detach", "detach_", "expand", "expand_as", "flatten", "reshape", "select", "slice"),
     *("split", "to", "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as"),
-    *("arange", "ones", "ones_like", "zero_", "zeros", "zeros_like"),
-    *("cat", "index", "index_add_", "item", "pad", "stack", "upsample_nearest2d", "where"),
+    *("arange", "fill_", "ones", "ones_like", "zero_", "zeros", "zeros_like"),
+    *("cat", "narrow", "repeat", "index", "index_add_", "item", "pad", "stack", "upsample_nearest2d", "where"),
     *("__and__", "bitwise_and", "add", "add_", "addcmul", "clamp", "div", "eq", "ge", "gt", "le", "mul", "sub"),
     *("amax", "amin", "aminmax", "any", "mean", "sum"),
     *("layer_norm", "linear", "scaled_dot_product_attention"),
