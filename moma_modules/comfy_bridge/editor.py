@@ -1,5 +1,8 @@
 """What the user sees while something runs: text and pictures on nodes. Without a client that looks, nothing is sent."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from comfy_execution.utils import get_executing_context
@@ -10,11 +13,21 @@ from ..pictures import picture as to_picture
 PREVIEW_SIZE = 512
 
 
+@contextmanager
+def only_looking(what: str) -> Iterator[None]:
+    """For what the user may miss, `what`, but never at the cost of the picture: a failure is logged and ends there."""
+    try:
+        yield
+    except Exception as error:
+        logging.warning(f"MoMA: {what} failed; the picture is as it would be. {type(error).__name__}: {error}")
+
+
 def show_text(text: str) -> None:
     """Show a text on the node that is being executed."""
-    context, server = get_executing_context(), _server()
-    if context is not None and server is not None:
-        server.send_progress_text(text, context.node_id, server.client_id)
+    with only_looking("showing a text on the node"):
+        context, server = get_executing_context(), _server()
+        if context is not None and server is not None:
+            server.send_progress_text(text, context.node_id, server.client_id)
 
 
 def someone_looks() -> bool:

@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 from .attention import FORWARD
 from .compilation import Compilation, take_compilation
 from .conditioning import Rows, attach_rows, subjects_in, take_rows
-from .editor import show_text
+from .editor import only_looking, show_text
 from .evaluation import Evaluation
 from .forward import Forward, SubjectRun
 from .image_tokens import ImageTokenLayers, image_token_layers
@@ -25,6 +25,7 @@ from .live_mask import Film, LiveMask
 from .neighbours import check_neighbours
 from .reference import reference_keys_values
 from .reference_cache import KeysValues
+from .run_log import FinishedRun
 from .schedule import Gates
 from .settings import KEY, Settings, SubjectSettings
 from .slots import fill_slots
@@ -46,6 +47,7 @@ class RunState:
         self.masks: Tensor | None = None
         self.film = Film()
         self._live: list[LiveMask | None] = []
+        self._blind = False
         self._collecting = False
         self._found: list[bool] = []
         self._gates: tuple[Gates, ...] = ()
@@ -82,7 +84,7 @@ class RunState:
         """The maps that came together become the masks of the next evaluation."""
         if self._evaluation is not None and self._evaluation.has_maps:
             self.masks = self._evaluation.masks(self.masks)
-            self._show(self.masks)
+            self._look(self.masks)
         self._evaluation = None
         self._patches = None
 
@@ -132,24 +134,36 @@ class RunState:
         if maps is not None and self._evaluation is not None:
             self._evaluation.add(maps, forward.rows)
 
-    def final_masks(self) -> dict[str, Tensor]:
-        """{subject key: [B, H, W]}; all ones for a subject whose tokens no positive prompt had."""
-        ones = torch.ones(self._canvas)
-        return {
-            run.settings.subject.key: self.masks[i] if self.masks is not None and self._found[i] else ones
-            for i, run in enumerate(self.subjects)
-        }
+    def log(self, samples: Tensor) -> None:
+        """Write the masks of the run that returned `samples` into the log of each subject."""
+        if not self.subjects:
+            return  # nothing was sampled
+        subjects = [run.settings.subject for run in self.subjects]
+        masks = torch.stack(
+            [
+                self.masks[i].cpu() if self.masks is not None and found else torch.ones(self._canvas)
+                for i, found in enumerate(self._found)
+            ]
+        )
+        run = FinishedRun.of(tuple(subject.key for subject in subjects), masks, self.film.count, self.film.frames)
+        for subject in subjects:
+            subject.runs.record(samples, run)
 
     def clear(self) -> None:
         """Let go of everything on the device."""
         self.subjects, self.masks, self._evaluation, self._patches = (), None, None, None
         self.film = Film()
 
-    def _show(self, masks: Tensor) -> None:
-        self.film.add(masks)
-        for live, mask, found in zip(self._live, masks, self._found, strict=True):
-            if live is not None and found:
-                live.show(mask)
+    def _look(self, masks: Tensor) -> None:
+        if self._blind:
+            return
+        self._blind = True  # a look that fails once is not tried again
+        with only_looking("showing the subject mask"):
+            self.film.add(masks)
+            for live, mask, found in zip(self._live, masks, self._found, strict=True):
+                if live is not None and found:
+                    live.show(mask)
+            self._blind = False
 
     def _factors(self, i: int, sigma: Tensor | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         run, gate = self.subjects[i], self._gates[i]
@@ -212,7 +226,8 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     options[KEY] = state = RunState(settings, take_compilation(guider.model_patcher, guider.model_options))
     try:
         samples = executor(*args, **kwargs)
-        settings.log.record(samples, state.final_masks(), state.film)
+        with only_looking("keeping the masks of this run for MoMA Subject Mask"):
+            state.log(samples)
         return samples
     finally:
         state.clear()
