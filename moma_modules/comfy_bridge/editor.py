@@ -22,6 +22,21 @@ def only_looking(what: str) -> Iterator[None]:
         logging.warning(f"MoMA: {what} failed; the picture is as it would be. {type(error).__name__}: {error}")
 
 
+def executing_node() -> tuple[Any, str | None]:
+    """The node that is being executed, as (prompt, node, index of its list), and its class if the prompt tells it."""
+    context, kind = get_executing_context(), None
+    if context is None:
+        return None, None
+    with only_looking("looking up which node runs"):
+        from server import PromptServer
+
+        server = getattr(PromptServer, "instance", None)
+        running = [] if server is None else server.prompt_queue.get_current_queue_volatile()[0]
+        prompts = [item[2] for item in running if item[1] == context.prompt_id]
+        kind = next((prompt[context.node_id]["class_type"] for prompt in prompts if context.node_id in prompt), None)
+    return tuple(context), kind
+
+
 def show_text(text: str) -> None:
     """Show a text on the node that is being executed."""
     with only_looking("showing a text on the node"):

@@ -9,10 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import comfy.model_patcher
-import comfy.utils
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from .attention import FORWARD
 from .compilation import Compilation, take_compilation
@@ -23,12 +21,14 @@ from .forward import Forward, SubjectRun
 from .image_tokens import ImageTokenLayers, image_token_layers
 from .live_mask import Film, LiveMask
 from .neighbours import check_neighbours
+from .placing import Placing
 from .reference import reference_keys_values
 from .reference_cache import KeysValues
 from .run_log import FinishedRun
 from .schedule import Gates
 from .settings import KEY, Settings, SubjectSettings
 from .slots import fill_slots
+from .whereabouts import Whereabouts
 
 
 class RunState:
@@ -40,8 +40,9 @@ class RunState:
         film: How the masks evolved.
     """
 
-    def __init__(self, settings: Settings, compilation: Compilation | None) -> None:
+    def __init__(self, settings: Settings, compilation: Compilation | None, placing: Placing) -> None:
         self.settings = settings
+        self.placing = placing
         self.compilation = compilation
         self.subjects: tuple[SubjectRun, ...] = ()
         self.masks: Tensor | None = None
@@ -60,8 +61,10 @@ class RunState:
         keys = [entry.subject.key for entry in self.settings.subjects]
         self._canvas = (noise.shape[0], *noise.shape[-2:])
         self._found = subjects_in(guider.conds, keys)
+        self.placing.prepare(guider.conds, self.settings, noise)
+        self.masks = self.placing.masks_before(keys, self._canvas, noise.device)
         for entry, found in zip(self.settings.subjects, self._found, strict=True):
-            if not found:
+            if not found and not self.placing.where.kind:
                 logging.warning(
                     f"MoMA: no positive prompt of this run knows where the subject {entry.subject.word!r} is, so its "
                     "features reach the whole picture. Encode it with MoMA Text Encode, or add MoMA Mark Subject."
@@ -70,7 +73,8 @@ class RunState:
         options = model_options["transformer_options"]
         self._live = [_live_mask(entry) for entry in self.settings.subjects]
         show_text(f"MoMA looks at the reference: {', '.join(entry.subject.word for entry in self.settings.subjects)}")
-        self.subjects = tuple(_subject_run(entry, guider, options, noise) for entry in self.settings.subjects)
+        where = self.placing.where
+        self.subjects = tuple(_subject_run(entry, guider, options, noise, where) for entry in self.settings.subjects)
         sampling = guider.inner_model.model_sampling
         self._gates = tuple(Gates.of(entry, sampling) for entry in self.settings.subjects)
         show_text("MoMA: sampling")
@@ -145,9 +149,11 @@ class RunState:
                 for i, found in enumerate(self._found)
             ]
         )
-        run = FinishedRun.of(tuple(subject.key for subject in subjects), masks, self.film.count, self.film.frames)
+        keys = tuple(subject.key for subject in subjects)
+        run = FinishedRun.of(keys, masks, self.film.count, self.film.frames)
         for subject in subjects:
             subject.runs.record(samples, run)
+        self.placing.end(samples, dict(zip(keys, run.masks, strict=True)), self.film.count)
 
     def clear(self) -> None:
         """Let go of everything on the device."""
@@ -184,37 +190,33 @@ def _live_mask(entry: SubjectSettings) -> LiveMask | None:
     return LiveMask(part.show_on) if part is not None and part.show_on is not None else None
 
 
-def _subject_run(entry: SubjectSettings, guider: Any, options: dict[str, Any], noise: Tensor) -> SubjectRun:
-    model = guider.inner_model
+def _subject_run(
+    entry: SubjectSettings, guider: Any, options: dict[str, Any], noise: Tensor, where: Whereabouts
+) -> SubjectRun:
+    model, key = guider.inner_model, entry.subject.key
+    image_tokens, shortcut = entry.image_tokens, entry.shortcut
     tokens: ImageTokenLayers | None = None
     reference: KeysValues = {}
-    if entry.image_tokens is not None and entry.image_tokens.weight != 0:
+    if image_tokens is not None and image_tokens.weight != 0 and not where.is_out(image_tokens, key):
         tokens = image_token_layers(entry, noise.device, model.get_dtype_inference())
-    if entry.shortcut is not None and entry.shortcut.strength != 0:
-        reference = reference_keys_values(guider, entry, entry.shortcut, options, noise.device)
+    if shortcut is not None and shortcut.strength != 0 and not where.is_out(shortcut, key):
+        reference = reference_keys_values(guider, entry, shortcut, options, noise.device)
     return SubjectRun(
         settings=entry,
         image_tokens=tokens,
         reference=reference,
-        cross_area=_area(entry.image_tokens, noise),
-        self_area=_area(entry.shortcut, noise),
+        cross_area=where.area(image_tokens, key, noise),
+        self_area=where.area(shortcut, key, noise),
     )
-
-
-def _area(part: Any, noise: Tensor) -> Tensor | None:
-    """A region mask on the run's canvas [B, H, W]."""
-    if part is None or part.window.region is None:
-        return None
-    region = part.window.region.to(noise.device, torch.float32)
-    resized = interpolate(region[:, None], size=noise.shape[-2:], mode="area")[:, 0]
-    return comfy.utils.repeat_to_batch_size(resized, noise.shape[0])
 
 
 def _times(mask: Tensor, area: Tensor | None) -> Tensor:
     return mask if area is None else mask * area
 
 
-def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+def outer_sample(
+    executor: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: Any, *args: Any, **kwargs: Any
+) -> Any:
     """OUTER_SAMPLE: gives the run its state, and logs the masks of a run that ended well."""
     guider = executor.class_obj
     settings = guider.model_patcher.get_attachment(KEY)
@@ -223,9 +225,10 @@ def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     guider.model_options = comfy.model_patcher.create_model_options_clone(original)
     options = guider.model_options["transformer_options"]
     fill_slots(options, settings.has_shortcut)
-    options[KEY] = state = RunState(settings, take_compilation(guider.model_patcher, guider.model_options))
+    placing = Placing(settings, latent_image, sigmas)
+    options[KEY] = state = RunState(settings, take_compilation(guider.model_patcher, guider.model_options), placing)
     try:
-        samples = executor(*args, **kwargs)
+        samples = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         with only_looking("keeping the masks of this run for MoMA Subject Mask"):
             state.log(samples)
         return samples
