@@ -171,8 +171,14 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
         Row(
             "Set Mask",
             WORKS,
-            'With "mask bounds" the subject is looked for inside only; else everywhere.',
+            'As a region_mask there. With "mask bounds" the subject is looked for inside only; else everywhere.',
             "compat_regions::test_set_mask",
+        ),
+        Row(
+            "Set Mask, other prompts",
+            WORKS,
+            "They get exactly nothing of the subject outside of its prompt's mask.",
+            "compat_regions::test_the_other_prompts_get_nothing_of_the_subject_outside_its_mask",
         ),
         Row(
             "Combine, several positives",
@@ -254,6 +260,64 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             WORKS,
             "The reference pass goes without them.",
             "compat_batches::test_the_reference_pass_goes_without_motion_modules",
+        ),
+    ),
+    "Tiles, crops, single steps": (
+        Row(
+            "UltimateSDUpscale",
+            WORKS,
+            "Its own code. A region_mask, or the mask of a prompt, follows the tiles (batch_size 1): in the tile of a "
+            "region another picture by over 0.1, in others by less than 0.02. Without either the subject is in no tile.",
+            "compat_tiles::test_ultimate_sd_upscale",
+            "works on tiles of the picture, and nothing says where in the picture the subject is",
+        ),
+        Row(
+            "UltimateSDUpscale with Conditioning (Set Mask)",
+            WORKS,
+            "Its own code; the same figures.",
+            "compat_tiles::test_ultimate_sd_upscale_crops_the_mask_of_a_prompt",
+        ),
+        Row(
+            "Tiled KSampler (BlenderNeko)",
+            PARTLY,
+            "Its own code. It crops the masks of prompts only: with Conditioning (Set Mask) the subject is where its "
+            "prompt is and exactly nowhere else, without it in no tile.",
+            "compat_tiles::test_tiled_ksampler",
+            "works on tiles of the picture, and it does not tell where they are in it",
+        ),
+        Row(
+            "Tiled KSampler with Conditioning (Set Mask)",
+            WORKS,
+            "Its own code.",
+            "compat_tiles::test_tiled_ksampler_crops_the_mask_of_a_prompt",
+        ),
+        Row(
+            "Impact detailers",
+            PARTLY,
+            "Its own code. The subject is looked for in each crop. With Conditioning (Set Mask) it is in the crops "
+            "where its prompt is; a subject with a region_mask stays out.",
+            "compat_tiles::test_impact_detailer",
+            "works on several pictures or parts of one",
+        ),
+        Row(
+            "Impact RegionalSampler",
+            WORKS,
+            "Its own code. Each step is a run: all but the first have the mask of the one before.",
+            "compat_tiles::test_impact_regional_sampler",
+        ),
+        Row(
+            "Nodes that sample step by step",
+            WORKS,
+            "Equal to one run of all steps.",
+            "whereabouts::test_the_mask_goes_on_from_step_to_step_of_one_node",
+            "stopped after one evaluation of the model",
+        ),
+        Row(
+            "Other nodes that sample several pictures",
+            PARTLY,
+            "A warning, once for each time the node runs.",
+            "whereabouts::test_unknown_nodes_on_several_pictures_are_warned_of_once",
+            "works on several pictures or parts of one",
         ),
     ),
     "Speed-ups": (

@@ -23,7 +23,7 @@ def peer_pack(owner: str, name: str) -> ModuleType:
     module = f"peer_{name}"
     if module in sys.modules:
         return sys.modules[module]
-    folder = _checkout(owner, name)
+    folder = peer_folder(owner, name)
     start = folder / "__init__.py"
     spec = importlib.util.spec_from_file_location(module, start, submodule_search_locations=[str(folder)])
     assert spec is not None and spec.loader is not None
@@ -32,7 +32,8 @@ def peer_pack(owner: str, name: str) -> ModuleType:
     return sys.modules[module]
 
 
-def _checkout(owner: str, name: str) -> Path:
+def peer_folder(owner: str, name: str) -> Path:
+    """Where a pack's code is; for packs of which a test imports a part."""
     given = os.environ.get("COMFYUI_MOMA_PEERS")
     folder = Path(given or cache_dir() / "peers") / name
     if not given and not folder.is_dir():

@@ -94,7 +94,7 @@ class Placing:
                 self._tell(
                     f"MoMA: {self._name} works on several pictures or parts of one, and MoMA looks for the subject "
                     f"{word!r} in each, whether it is there or not; a region_mask is taken for each as for the whole "
-                    f"picture. Where the subject is not, or not there, connect a MODEL without MoMA."
+                    f"picture. Where that is not meant: {_SET_MASK[0].lower()}{_SET_MASK[1:]}"
                 )
             return
         if where.box is not None:
