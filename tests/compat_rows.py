@@ -267,7 +267,7 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             "UltimateSDUpscale",
             WORKS,
             "Its own code. A region_mask, or the mask of a prompt, follows the tiles (batch_size 1): in the tile of a "
-            "region another picture by over 0.1, in others by less than 0.02. Without either the subject is in no tile.",
+            "region another picture by over 0.1, in others less than 0.02. Without either the subject is in no tile.",
             "compat_tiles::test_ultimate_sd_upscale",
             "works on tiles of the picture, and nothing says where in the picture the subject is",
         ),
