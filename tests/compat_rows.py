@@ -280,16 +280,16 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
         Row(
             "Tiled KSampler (BlenderNeko)",
             PARTLY,
-            "Its own code. It crops the masks of prompts only: with Conditioning (Set Mask) the subject is where its "
-            "prompt is and exactly nowhere else, without it in no tile.",
+            "Its own code. It tells only the areas of prompts (masks need an older ComfyUI): without one the "
+            "subject is in no tile.",
             "compat_tiles::test_tiled_ksampler",
             "works on tiles of the picture, and it does not tell where they are in it",
         ),
         Row(
-            "Tiled KSampler with Conditioning (Set Mask)",
+            "Tiled KSampler with Conditioning (Set Area)",
             WORKS,
-            "Its own code.",
-            "compat_tiles::test_tiled_ksampler_crops_the_mask_of_a_prompt",
+            "Its own code. The subject is in the tile of its area, by over 0.05, and exactly nowhere else.",
+            "compat_tiles::test_tiled_ksampler_crops_the_area_of_a_prompt",
         ),
         Row(
             "Impact detailers",

@@ -1,8 +1,10 @@
 """MoMA beside packs that work on tiles, crops and single steps: their own code, where it can be fetched."""
 
+import asyncio
 import importlib
 import logging
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 import torch
 from comfy.sd import VAE
 from comfy_execution.utils import CurrentNodeContext
+from comfy_extras.nodes_mask import LatentCompositeMasked
 from comfyui_moma.moma_modules.comfy_bridge.patching import patched, settings_of
 from comfyui_moma.moma_modules.comfy_bridge.settings import ImageTokens, Window
 from compat_rows import message
@@ -140,7 +143,7 @@ def tiled() -> Any:
     return peer_pack("BlenderNeko", "ComfyUI_TiledKSampler").nodes
 
 
-def tiled_sample(pack: Any, name: str, model: Any, plus: list, strategy: str) -> torch.Tensor:
+def tiled_sample(pack: Any, model: Any, plus: list, strategy: str) -> torch.Tensor:
     """Tiled KSampler over four tiles [1, 4, h, w], executed as the node of that class."""
     node = pack.TiledKSampler()
     latent = {"samples": 0.3 * seeded(2, "latent", (1, 4, SIDE // 8, SIDE // 8))}
@@ -169,34 +172,52 @@ def test_tiled_ksampler(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """It tells nothing but the masks of prompts: without them the subject is in no tile, and one warning says so."""
+    """It tells nothing but the areas of prompts: without one the subject is in no tile, and one warning says so."""
     node = (("prompt", strategy, 0), "BNK_TiledKSampler")
     monkeypatch.setattr("comfyui_moma.moma_modules.comfy_bridge.placing.executing_node", lambda: node)
-    plain = tiled_sample(tiled, "", model, positive(subject), strategy)
+    plain = tiled_sample(tiled, model, positive(subject), strategy)
     with caplog.at_level(logging.WARNING, "comfyui_moma"):
-        assert torch.equal(tiled_sample(tiled, "", full, positive(subject), strategy), plain)
+        assert torch.equal(tiled_sample(tiled, full, positive(subject), strategy), plain)
     (warning,) = said(caplog)
-    assert message("Tiled KSampler (BlenderNeko)") in warning and "Conditioning (Set Mask)" in warning
+    assert (
+        message("Tiled KSampler (BlenderNeko)") in warning
+        and "or (Set Area) where the node does not take masks" in warning
+    )
 
 
-def test_tiled_ksampler_crops_the_mask_of_a_prompt(
+def test_tiled_ksampler_crops_the_area_of_a_prompt(
     tiled: Any, model: Any, full: Any, subject: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    node = (("prompt", "masked", 0), "BNK_TiledKSampler")
+    """The subject is in the tile of its area and exactly nowhere else."""
+    node = (("prompt", "area", 0), "BNK_TiledKSampler")
     monkeypatch.setattr("comfyui_moma.moma_modules.comfy_bridge.placing.executing_node", lambda: node)
-    plain, ours = (tiled_sample(tiled, "", candidate, masked(subject), "simple") for candidate in (model, full))
-    differences = quarters(ours, plain)
+
+    def run(candidate: Any) -> torch.Tensor:
+        inside = nodes.ConditioningSetArea().append(positive(subject), TILE, TILE, TILE, 0, 1.0)[0]
+        return tiled_sample(tiled, candidate, [*inside, *positive()], "simple")
+
+    differences = quarters(run(full), run(model))
     assert differences[1] > 0.05 and max(differences[0], differences[2], differences[3]) == 0
 
 
 @pytest.fixture(scope="module")
-def impact() -> Any:
-    """The pack's modules; its `__init__` needs a running server."""
+def impact() -> Iterator[Any]:
+    """The pack's modules, which need a server at import."""
     for name in NEEDED_BY_IMPACT:
         pytest.importorskip(name)
+    import server
+
     folder = peer_folder("ltdrdata", "ComfyUI-Impact-Pack")
     sys.path.append(str(folder / "modules"))
-    return importlib.import_module("impact.impact_pack")
+    loop = asyncio.new_event_loop()
+    server.PromptServer(loop)  # for its routes; no client ever connects
+    try:
+        importlib.import_module("impact.impact_server")
+        nodes.NODE_CLASS_MAPPINGS.setdefault("LatentCompositeMasked", LatentCompositeMasked)  # as ComfyUI at its start
+        yield importlib.import_module("impact.impact_pack")
+    finally:
+        del server.PromptServer.instance
+        loop.close()
 
 
 def detailed(impact: Any, model: Any, plus: list, vae: Any) -> torch.Tensor:

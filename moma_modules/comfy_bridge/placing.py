@@ -18,8 +18,8 @@ _LOG.setLevel(logging.WARNING)
 
 _WITHOUT = "or connect a MODEL without MoMA to it."
 _SET_MASK = (
-    "Say it with the prompt: give the prompt with the subject to Conditioning (Set Mask), and combine it with one that "
-    f"does not have the subject; {_WITHOUT}"
+    "Say it with the prompt: give the prompt with the subject to Conditioning (Set Mask), or (Set Area) where the node "
+    f"does not take masks, and combine it with one that does not have the subject; {_WITHOUT}"
 )
 _REGION = (
     "Connect the mask of MoMA Subject Mask, of the run that made the picture, to region_mask of Apply MoMA Adapter and "
