@@ -32,14 +32,15 @@ class ForgetModels:
     RETURN_TYPES, FUNCTION, OUTPUT_NODE = (), "forget", True
 
     def forget(self, number):
-        from comfy.model_patcher import is_model_patcher_output
+        from comfy.model_patcher import ModelPatcher
         from comfy_execution.caching import LRUCache
 
         kinds = set()
         for cache in [item for item in gc.get_objects() if isinstance(item, LRUCache)]:
             for key, entry in list(cache.cache.items()):
                 held = [value for output in entry.outputs or () for value in output]
-                if any(map(is_model_patcher_output, held)):
+                patchers = [value for part in held for value in (part, getattr(part, "patcher", None))]
+                if any(isinstance(value, ModelPatcher) for value in patchers):
                     kinds |= {{type(value).__name__ for value in held}}
                     del cache.cache[key]
         return {{"ui": {{"text": [" ".join(sorted(kinds))]}}}}
