@@ -86,8 +86,10 @@ class Placing:
 
     def _tell_of(self, entry: SubjectSettings, batch: bool) -> None:
         where, word, key = self.where, entry.subject.word, entry.subject.key
-        parts = [part for part in (entry.image_tokens, entry.shortcut) if part is not None]
-        if key in where.prompted:
+        tokens, shortcut = entry.image_tokens, entry.shortcut
+        parts: list[Any] = [] if tokens is None or tokens.weight == 0 else [tokens]
+        parts += [] if shortcut is None or shortcut.strength == 0 else [shortcut]
+        if key in where.prompted or not parts:
             return
         if not any(where.is_out(part, key) for part in parts):
             if where.kind == CROPS or (where.kind is None and self._relation == PART):

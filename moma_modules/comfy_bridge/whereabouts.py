@@ -80,10 +80,10 @@ class Whereabouts:
     def area(self, part: Any, key: str, noise: Tensor) -> Tensor | None:
         """Where a part of a subject may act on the run's canvas [B, H, W]; None for everywhere."""
         area = self.prompted.get(key)
-        if part is not None and part.window.region is not None:
-            region = comfy.utils.repeat_to_batch_size(_on_canvas(part.window.region, self.box, noise), noise.shape[0])
-            area = region if area is None else area * region
-        return area
+        if part is None or part.window.region is None or (self.kind is not None and self.box is None):
+            return area  # on a tile at an unknown place a region of the picture means nothing; its prompt places it
+        region = comfy.utils.repeat_to_batch_size(_on_canvas(part.window.region, self.box, noise), noise.shape[0])
+        return region if area is None else area * region
 
 
 def prompted_area(conds: list[dict[str, Any]], noise: Tensor) -> Tensor | None:
@@ -134,16 +134,16 @@ def _ends(values: Tensor) -> tuple[float, float]:
 
 def _on_canvas(region: Tensor, box: Box | None, noise: Tensor) -> Tensor:
     """A region of the picture [B, h, w], or what of it lies in a crop, in the size of the run's latent."""
-    region, size = region.to(noise.device, torch.float32), tuple(noise.shape[-2:])
+    region, size = region.to("cpu", torch.float32), tuple(noise.shape[-2:])
     if box is None:
-        return interpolate(region[:, None], size=size, mode="area")[:, 0]
+        return interpolate(region[:, None], size=size, mode="area")[:, 0].to(noise.device)
     top, bottom, left, right = box
     fine = 4  # looked up at points closer than the latent's pixels, and averaged
     high, wide = (
-        first + (torch.arange(count * fine, device=noise.device) + 0.5) / (count * fine) * (last - first)
+        first + (torch.arange(count * fine) + 0.5) / (count * fine) * (last - first)
         for first, last, count in ((top, bottom, size[0]), (left, right, size[1]))
     )
     points = torch.stack(torch.meshgrid(high, wide, indexing="ij")[::-1], dim=-1) * 2 - 1
     points = points.expand(region.shape[0], -1, -1, -1)
     looked_up = grid_sample(region[:, None], points, mode="nearest", padding_mode="border", align_corners=False)
-    return avg_pool2d(looked_up, fine)[:, 0]
+    return avg_pool2d(looked_up, fine)[:, 0].to(noise.device)
