@@ -13,6 +13,8 @@ from .samplers import sampling_inputs
 from .types import CATEGORY, KEEPS_PREVIEW, SEARCH_ALIASES, MomaAdapter, MomaSubject
 
 MOST_PICTURES = 36
+CONNECTED = ("model", "adapter", "subject", "vae", "clip", "positive", "negative")
+"""What MoMA Strength Study passes on, beside its latent; its other inputs are those of the sampler."""
 
 
 class StrengthStudy(io.ComfyNode):
@@ -74,20 +76,7 @@ class StrengthStudy(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(
-        cls,
-        model: Any,
-        adapter: Any,
-        subject: Any,
-        vae: Any,
-        clip: Any,
-        positive: Any,
-        negative: Any,
-        latent_image: dict[str, Any],
-        strengths: str,
-        weights: str,
-        **sampling: Any,
-    ) -> io.NodeOutput:
+    def execute(cls, strengths: str, weights: str, latent_image: dict[str, Any], **inputs: Any) -> io.NodeOutput:
         study = parse_study(strengths, weights, MOST_PICTURES)
         count = latent_image["samples"].shape[0]
         if count != 1:
@@ -96,9 +85,8 @@ class StrengthStudy(io.ComfyNode):
                 "'Latent From Batch'."
             )
         graph = GraphBuilder()
-        objects = {"model": model, "adapter": adapter, "subject": subject, "vae": vae, "clip": clip}
-        objects |= {"positive": positive, "negative": negative, "latent_image": latent_image}
-        given = cls._links(graph, objects)
+        connected = {"latent_image": latent_image} | {name: inputs.pop(name) for name in CONNECTED}
+        given = cls._links(graph, connected)
         shared = {name: given[name] for name in ("adapter", "subject")}
         prompts = {name: given[name] for name in ("positive", "negative", "latent_image")}
         window = {"end_percent": 1.0}
@@ -127,7 +115,7 @@ class StrengthStudy(io.ComfyNode):
                     **window,
                     **shared,
                 )
-                sampled = graph.node("KSampler", f"sampler-{cell}", model=patched.out(0), **prompts, **sampling)
+                sampled = graph.node("KSampler", f"sampler-{cell}", model=patched.out(0), **prompts, **inputs)
                 decoded = graph.node("VAEDecode", f"decode-{cell}", samples=sampled.out(0), vae=given["vae"])
                 pictures[f"images.image{len(pictures)}"] = decoded.out(0)
         sheet = graph.node(

@@ -86,8 +86,9 @@ def test_a_subject_without_a_place_stays_out_of_tiles(
             assert torch.equal(sample(full, tile, negative()), plain)
         batch = sample(with_region(model, adapter, subject, torch.ones(1, 8, 8)), tile, negative(), batch=2)
         assert torch.equal(batch, sample(model, positive(subject), negative(), batch=2))
+        sample(moma(model, adapter, subject, weight=0.0), tile, negative())
     said = [record.getMessage() for record in caplog.records if "MoMA" in record.getMessage()]
-    assert len(said) == 2, "once for tiles that follow one another"
+    assert len(said) == 2, "once for tiles that follow one another, and not for what is off"
     assert "works on tiles of the picture, and nothing says where in the picture the subject is" in said[0]
     assert "the subject 'car' stays out of them. Connect the mask of MoMA Subject Mask" in said[0]
     assert "in a batch it tells the place of the first one only" in said[1] and "Set its batch_size to 1" in said[1]
@@ -137,6 +138,8 @@ def test_a_tiling_node_that_tells_nothing(
     masked = nodes.ConditioningSetMask().append(positive(subject), torch.ones(1, 64, 64), "default", 1.0)[0]
     placed = run_as(monkeypatch, "BNK_TiledKSampler", full, subject, masked)
     assert close(placed, sample(full, positive(subject), negative()), 1e-5)
+    half = with_region(model, adapter, subject, torch.cat([torch.ones(1, 4, 8), torch.zeros(1, 4, 8)], dim=1))
+    assert torch.equal(run_as(monkeypatch, "BNK_TiledKSampler", half, subject, masked), placed)
 
 
 def test_a_detailer(
