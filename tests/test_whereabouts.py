@@ -155,6 +155,9 @@ def test_a_detailer(
             run_as(monkeypatch, "FaceDetailer", full, subject), sample(full, positive(subject), negative())
         )
         assert torch.equal(run_as(monkeypatch, "FaceDetailer", region, subject), plain)
+        run_as(monkeypatch, "FaceDetailer", full, subject, positive())  # its wildcards forget where the subject is
+    lost = "no positive prompt of this run knows where the subject 'car' is"
+    assert [record for record in caplog.records if lost in record.getMessage()]
     said = [record.getMessage() for record in caplog.records if "FaceDetailer" in record.getMessage()]
     assert len(said) == 2 and "MoMA looks for the subject 'car' in each" in said[0] and "stays out of" in said[1]
 

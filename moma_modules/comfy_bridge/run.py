@@ -28,7 +28,7 @@ from .run_log import FinishedRun
 from .schedule import Gates
 from .settings import KEY, Settings, SubjectSettings
 from .slots import fill_slots
-from .whereabouts import Whereabouts
+from .whereabouts import TILES, Whereabouts
 
 
 class RunState:
@@ -64,7 +64,7 @@ class RunState:
         self.placing.prepare(guider.conds, self.settings, noise)
         self.masks = self.placing.masks_before(keys, self._canvas, noise.device)
         for entry, found in zip(self.settings.subjects, self._found, strict=True):
-            if not found and not self.placing.where.kind:
+            if not found and self.placing.where.kind != TILES:
                 logging.warning(
                     f"MoMA: no positive prompt of this run knows where the subject {entry.subject.word!r} is, so its "
                     "features reach the whole picture. Encode it with MoMA Text Encode, or add MoMA Mark Subject."
