@@ -1,6 +1,7 @@
 """What the user sees while something runs: text and pictures on nodes. Without a client that looks, nothing is sent."""
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,9 +29,7 @@ def executing_node() -> tuple[Any, str | None]:
     if context is None:
         return None, None
     with only_looking("looking up which node runs"):
-        from server import PromptServer
-
-        server = getattr(PromptServer, "instance", None)
+        server = _prompt_server()
         running = [] if server is None else server.prompt_queue.get_current_queue_volatile()[0]
         prompts = [item[2] for item in running if item[1] == context.prompt_id]
         kind = next((prompt[context.node_id]["class_type"] for prompt in prompts if context.node_id in prompt), None)
@@ -72,9 +71,13 @@ def show_mask(mask: Any, node_id: str) -> None:
 
 def _server() -> Any:
     """The server, if a client is connected; ComfyUI's own tools also run nodes without one."""
-    if get_executing_context() is None:
+    server = None if get_executing_context() is None else _prompt_server()
+    return server if server is not None and server.client_id is not None else None
+
+
+def _prompt_server() -> Any:
+    if "server" not in sys.modules:  # older ComfyUI can import it in a running server only
         return None
     from server import PromptServer
 
-    server = getattr(PromptServer, "instance", None)
-    return server if server is not None and server.client_id is not None else None
+    return getattr(PromptServer, "instance", None)

@@ -61,7 +61,7 @@ class Placing:
             box, areas = None, {}
         self.where = Whereabouts(kind, box, {key: area for key, area in areas.items() if area is not None})
         for entry in settings.subjects:
-            self._tell_of(entry, batch)
+            self._tell_of(entry, batch, known=bool(knowing[entry.subject.key]))
 
     def masks_before(self, keys: list[str], canvas: tuple[int, int, int], device: torch.device) -> Tensor | None:
         """[S, B, H, W]: the last masks of the run that this one goes on with; None if there is none."""
@@ -84,7 +84,7 @@ class Placing:
         for log in self._logs:
             log.latest = self._trace
 
-    def _tell_of(self, entry: SubjectSettings, batch: bool) -> None:
+    def _tell_of(self, entry: SubjectSettings, batch: bool, known: bool) -> None:
         where, word, key = self.where, entry.subject.word, entry.subject.key
         tokens, shortcut = entry.image_tokens, entry.shortcut
         parts: list[Any] = [] if tokens is None or tokens.weight == 0 else [tokens]
@@ -92,7 +92,7 @@ class Placing:
         if key in where.prompted or not parts:
             return
         if not any(where.is_out(part, key) for part in parts):
-            if where.kind == CROPS or (where.kind is None and self._relation == PART):
+            if known and (where.kind == CROPS or (where.kind is None and self._relation == PART)):
                 self._tell(
                     f"MoMA: {self._name} works on several pictures or parts of one, and MoMA looks for the subject "
                     f"{word!r} in each, whether it is there or not; a region_mask is taken for each as for the whole "
