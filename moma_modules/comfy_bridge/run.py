@@ -5,29 +5,30 @@ It travels in the run's own copy of the transformer options; nothing is kept on 
 """
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import comfy.model_patcher
 import comfy.utils
 import torch
+from comfy.model_management import load_models_gpu
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .attention import FORWARD
 from .compilation import Compilation, take_compilation
-from .conditioning import Rows, attach_rows, subjects_in, take_rows
+from .conditioning import Rows, attach_rows, subjects_in
 from .editor import show_text
 from .evaluation import Evaluation
 from .forward import Forward, SubjectRun
 from .image_tokens import ImageTokenLayers, image_token_layers
+from .installed import is_whole, make_whole, put_back, settings_of
 from .live_mask import Film, LiveMask
-from .neighbours import check_neighbours
+from .neighbours import check_layers, check_neighbours, check_prompts, neighbours
 from .reference import reference_keys_values
 from .reference_cache import KeysValues
 from .schedule import Gates
 from .settings import KEY, Settings, SubjectSettings
-from .slots import fill_slots
+from .unet_calls import UnetCalls, apply_model, watch
 
 
 class RunState:
@@ -37,16 +38,23 @@ class RunState:
         subjects: Set when sampling starts.
         masks: [S, B, H, W] in 0..1 after the last evaluation; None before the first one has ended.
         film: How the masks evolved.
+        calls: Tells the run's own forwards from those of others.
     """
 
-    def __init__(self, settings: Settings, compilation: Compilation | None) -> None:
+    def __init__(
+        self, settings: Settings, compilation: Compilation | None = None, unloaded: tuple[Any, ...] = ()
+    ) -> None:
         self.settings = settings
         self.compilation = compilation
+        self.calls = UnetCalls()
+        self._unloaded = unloaded
         self.subjects: tuple[SubjectRun, ...] = ()
         self.masks: Tensor | None = None
         self.film = Film()
         self._live: list[LiveMask | None] = []
         self._collecting = False
+        self._prepared = False
+        self._complete = self._incomplete = self._repaired = False
         self._found: list[bool] = []
         self._gates: tuple[Gates, ...] = ()
         self._evaluation: Evaluation | None = None
@@ -55,6 +63,10 @@ class RunState:
 
     def prepare(self, guider: Any, model_options: dict[str, Any], noise: Tensor) -> None:
         """With the model loaded and the prompts processed: mark the rows, run the reference passes."""
+        check_layers(guider.inner_model.diffusion_model)
+        check_prompts(guider.conds)
+        self.calls.neighbours = neighbours(guider.model_patcher, model_options)
+        load_models_gpu(list(self._unloaded))
         keys = [entry.subject.key for entry in self.settings.subjects]
         self._canvas = (noise.shape[0], *noise.shape[-2:])
         self._found = subjects_in(guider.conds, keys)
@@ -71,7 +83,52 @@ class RunState:
         self.subjects = tuple(_subject_run(entry, guider, options, noise) for entry in self.settings.subjects)
         sampling = guider.inner_model.model_sampling
         self._gates = tuple(Gates.of(entry, sampling) for entry in self.settings.subjects)
+        self._prepared = True
         show_text("MoMA: sampling")
+
+    def whole(self, model_options: dict[str, Any] | None) -> dict[str, Any]:
+        """An evaluation's model options; if another node made new ones for it, a copy that has us in it again."""
+        options = (model_options or {}).get("transformer_options", {})
+        if model_options is not None and options.get(KEY) is self and is_whole(options, WRAPPERS):
+            return model_options
+        if not self._repaired:
+            self._repaired = True
+            logging.warning(
+                f"MoMA: another node gives the model options of its own, without MoMA in them. MoMA is put back into "
+                f"them.{self.calls.neighbours}"
+            )
+        copy = comfy.model_patcher.create_model_options_clone(model_options or {})
+        options = copy.setdefault("transformer_options", {})
+        options[KEY] = self
+        put_back(self.settings, options, WRAPPERS)
+        watch(copy, self.calls)
+        return copy
+
+    def check_prepared(self) -> None:
+        """Whether sampling started through our wrapper.
+
+        Raises:
+            ValueError: It did not.
+        """
+        if not self._prepared:
+            raise ValueError(
+                "MoMA: another node samples with options of its own, so that MoMA would do nothing in this run. Remove "
+                f"that node, or MoMA.{self.calls.neighbours}"
+            )
+
+    def finish(self) -> None:
+        """The run ended well: say what did not work in it.
+
+        Raises:
+            ValueError: Sampling never came to us.
+        """
+        self.check_prepared()
+        if self._incomplete and not self._complete and any(self._found):
+            logging.warning(
+                "MoMA: no forward of this run came to all attention layers once and in order, so there was no "
+                "automatic subject mask: another node leaves out layers or repeats them. The features reached the whole "
+                f"picture.{self.calls.neighbours}"
+            )
 
     def begin_evaluation(self, model_options: dict[str, Any], device: torch.device) -> None:
         """A guider starts to evaluate its prompts at one noise level."""
@@ -80,7 +137,7 @@ class RunState:
 
     def end_evaluation(self) -> None:
         """The maps that came together become the masks of the next evaluation."""
-        if self._evaluation is not None and self._evaluation.has_maps:
+        if self._evaluation is not None and self._evaluation.has_maps and not self._evaluation.cut_short:
             self.masks = self._evaluation.masks(self.masks)
             self._show(self.masks)
         self._evaluation = None
@@ -117,20 +174,38 @@ class RunState:
         compiled = self.compilation is not None and self.compilation.active
         factors = [self._factors(i, sigma, x.device) for i in range(len(self.subjects))]
         return Forward(
+            x=x,
             subjects=self.subjects,
             rows=rows,
             cross_factors=tuple(cross for cross, _ in factors),
             self_factors=tuple(own for _, own in factors),
-            size=(x.shape[-2], x.shape[-1]),
             collecting=self._collecting,
             selecting=x.device.type == "cpu" and not compiled,
+            neighbours=self.calls.neighbours,
         )
 
     def finish_forward(self, forward: Forward) -> None:
-        """Put the forward's maps in their places on the canvas."""
+        """Put the forward's maps in their places on the canvas.
+
+        Raises:
+            ValueError: The UNet ran and came to none of our patches, or to parts of a layer only.
+        """
+        passes = forward.passes
+        passes.finish()
+        if passes.started and not passes.touched and not self._complete:
+            raise ValueError(
+                "MoMA: another node runs this model without its attention layers, so that MoMA would do nothing: it "
+                f"replaced the UNet or its blocks. Remove that node, or MoMA.{self.calls.neighbours}"
+            )
+        self._incomplete = self._incomplete or (passes.started and not passes.complete)
+        self._complete = self._complete or passes.complete
+        if self._evaluation is None or not self._collecting:
+            return
         maps = forward.mean_map()
-        if maps is not None and self._evaluation is not None:
+        if maps is not None:
             self._evaluation.add(maps, forward.rows)
+        else:
+            self._evaluation.cut_short = True
 
     def final_masks(self) -> dict[str, Tensor]:
         """{subject key: [B, H, W]}; all ones for a subject whose tokens no positive prompt had."""
@@ -200,18 +275,26 @@ def _times(mask: Tensor, area: Tensor | None) -> Tensor:
     return mask if area is None else mask * area
 
 
-def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """OUTER_SAMPLE: gives the run its state, and logs the masks of a run that ended well."""
+def outer_sample(executor: Any, settings: Settings, *args: Any, **kwargs: Any) -> Any:
+    """OUTER_SAMPLE: gives the run its state, and logs the masks of a run that ended well.
+
+    Args:
+        settings: Those that were installed with the caller.
+    """
     guider = executor.class_obj
-    settings = guider.model_patcher.get_attachment(KEY)
-    original = guider.model_options
-    check_neighbours(guider.model_patcher, settings, original["transformer_options"])
+    patcher, original = guider.model_patcher, guider.model_options
+    if _state(original) is not None:  # it lies on the model twice
+        return executor(*args, **kwargs)
+    settings = settings_of(patcher) or settings
+    check_neighbours(patcher, settings, original["transformer_options"])
     guider.model_options = comfy.model_patcher.create_model_options_clone(original)
     options = guider.model_options["transformer_options"]
-    fill_slots(options, settings.has_shortcut)
-    options[KEY] = state = RunState(settings, take_compilation(guider.model_patcher, guider.model_options))
+    unloaded = make_whole(patcher, settings, options, WRAPPERS)
+    options[KEY] = state = RunState(settings, take_compilation(patcher, guider.model_options), tuple(unloaded))
+    watch(guider.model_options, state.calls)
     try:
         samples = executor(*args, **kwargs)
+        state.finish()
         settings.log.record(samples, state.final_masks(), state.film)
         return samples
     finally:
@@ -232,9 +315,11 @@ def sampler_sample(
 
 def predict_noise(executor: Any, x: Any, timestep: Any, model_options: Any = None, *args: Any, **kwargs: Any) -> Any:
     """PREDICT_NOISE: one evaluation of all prompts."""
-    state = _state(model_options)
+    state = _state(executor.class_obj.model_options)
     if state is None:
         return executor(x, timestep, model_options, *args, **kwargs)
+    state.check_prepared()
+    model_options = state.whole(model_options)
     state.begin_evaluation(model_options, x.device)
     out = executor(x, timestep, model_options, *args, **kwargs)
     state.end_evaluation()
@@ -253,42 +338,18 @@ def calc_cond_batch(executor: Any, model: Any, conds: Any, x_in: Any, timestep: 
         state.end_call()
 
 
-def apply_model(
-    executor: Any,
-    x: Any,
-    t: Any,
-    c_concat: Any,
-    c_crossattn: Any,
-    control: Any,
-    transformer_options: Any,
-    **kwargs: Any,
-) -> Any:
-    """APPLY_MODEL: one forward of the UNet over some rows."""
-    rows = take_rows(kwargs)
-    state = transformer_options.get(KEY)
-    if rows is None and state is not None:
-        rows = state.unknown_rows(x)
-    if rows is None or state is None:
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-    if (rows.pixels.shape[0], *rows.pixels.shape[-2:]) != (x.shape[0], *x.shape[-2:]):
-        raise ValueError(
-            f"MoMA: another node changed the model's input to {tuple(x.shape)}, where {rows.pixels.shape[0]} rows of "
-            f"{rows.pixels.shape[-2]}x{rows.pixels.shape[-1]} were expected. Nodes that cut the picture into tiles do "
-            "that; remove them from this model."
-        )
-
-    def run(model: Callable[..., Any]) -> Any:
-        forward = state.forward(rows, x, transformer_options.get("sigmas"))
-        out = model(x, t, c_concat, c_crossattn, control, {**transformer_options, FORWARD: forward}, **kwargs)
-        state.finish_forward(forward)
-        return out
-
-    return run(executor) if state.compilation is None else state.compilation.run(run, executor)
-
-
 def _replacements(model_options: dict[str, Any]) -> Any:
     return model_options["transformer_options"].get("patches_replace")
 
 
 def _state(model_options: dict[str, Any] | None) -> RunState | None:
     return (model_options or {}).get("transformer_options", {}).get(KEY)
+
+
+WRAPPERS = {
+    WrappersMP.SAMPLER_SAMPLE: sampler_sample,
+    WrappersMP.PREDICT_NOISE: predict_noise,
+    WrappersMP.CALC_COND_BATCH: calc_cond_batch,
+    WrappersMP.APPLY_MODEL: apply_model,
+}
+"""What reaches a run after its start."""

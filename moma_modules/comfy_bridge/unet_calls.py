@@ -1,0 +1,251 @@
+"""Which forwards of the UNet are a run's own: only these get the features and feed the masks.
+
+Other nodes run the UNet in the middle of a run for purposes of their own: over a reference picture, over parts, as a
+probe. Such a forward comes with everything of the run but the latent that the sampler asked for. So our wrappers lie
+around those of others, where they note that latent, and again below them, where they compare.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from .attention import FORWARD
+from .conditioning import take_rows
+from .settings import KEY
+
+_AROUND, _BELOW = f"{KEY}_around", f"{KEY}_below"
+"""Keys of our wrappers around and below those of others."""
+
+
+@dataclass
+class _Request:
+    """Rows that the sampler wants evaluated, and what came of it.
+
+    Attributes:
+        x: The input, [R, C, h, w].
+        passes: Forwards that were taken for the run's own.
+        changed: Whether one of them had another input.
+        others: Shapes of the inputs of all other forwards.
+    """
+
+    x: Tensor
+    passes: int = 0
+    changed: bool = False
+    others: list[tuple[int, ...]] = field(default_factory=list)
+
+
+class UnetCalls:
+    """Tells a run's own forwards from those of others."""
+
+    def __init__(self) -> None:
+        self.neighbours = ""
+        """Who else is on the model, for messages."""
+        self._request: _Request | None = None
+        self._input_changes = False
+        """Whether another node changes the latent on its way to the UNet, as nodes that add noise do."""
+
+    def evaluate(self, x: Tensor, run: Callable[[], Any]) -> Any:
+        """What lies between the sampler's request for the rows `x` [R, C, h, w] and the UNet; twice if need be.
+
+        Raises:
+            ValueError: None of its forwards is the run's own, or it cannot be told which one is.
+        """
+        if self._request is not None:  # the request within which this one is made decides
+            return run()
+        request, out = self._attempt(x, run)
+        if request.passes or not request.others:  # also: a cache answered without the UNet
+            return out
+        if any(_size(shape) == _size(x.shape) for shape in request.others) and not self._input_changes:
+            # Every input was another one: the latent is changed on its way. Once more, with that in mind.
+            self._input_changes = True
+            return self._attempt(x, run)[1]
+        rows, _, height, width = x.shape
+        raise ValueError(
+            f"MoMA: another node changed the model's input to {request.others[0]}, where {rows} rows of {height}x"
+            f"{width} were expected. Nodes that cut the picture into tiles do that; remove them from this model."
+            f"{self.neighbours}"
+        )
+
+    def _attempt(self, x: Tensor, run: Callable[[], Any]) -> tuple[_Request, Any]:
+        self._request = request = _Request(x)
+        try:
+            out = run()
+        finally:
+            self._request = None
+        if request.changed and request.passes > 1:
+            raise ValueError(
+                "MoMA: another node changes the latent on its way to the UNet and runs the UNet several times for one "
+                f"evaluation, so MoMA cannot tell which of them makes the picture. Remove that node.{self.neighbours}"
+            )
+        return request, out
+
+    def requested(self, x: Tensor) -> bool:
+        """Whether `x` is what the sampler asked for."""
+        return self._request is None or self.is_own(self._request.x, x)
+
+    def is_own(self, expected: Tensor, x: Tensor) -> bool:
+        """Whether a forward over `x` is the one that was to go over `expected`; one of others is noted."""
+        if _equal(expected, x):
+            return True
+        request = self._request
+        if request is None:
+            return False
+        if self._input_changes and _size(expected.shape) == _size(x.shape):
+            request.changed = True
+            return True
+        request.others.append(tuple(x.shape))
+        return False
+
+    def refuse(self, x: Tensor) -> None:
+        """Note a forward over `x` as that of others."""
+        if self._request is not None:
+            self._request.others.append(tuple(x.shape))
+
+    def start_pass(self, forward: Any) -> None:
+        """The UNet runs over the run's own rows."""
+        forward.start_pass()
+        if self._request is not None:
+            self._request.passes += 1
+
+
+class FunctionWrapper:
+    """Around another node's `model_function_wrapper`, in its place: notes what the sampler asked for."""
+
+    def __init__(self, previous: Callable[..., Any], calls: UnetCalls) -> None:
+        self.previous = previous
+        self.calls = calls
+
+    def __call__(self, model: Callable[..., Any], args: dict[str, Any]) -> Any:
+        """See ComfyUI's `set_model_unet_function_wrapper`."""
+        return self.calls.evaluate(args["input"], lambda: self.previous(model, args))
+
+
+def watch(model_options: dict[str, Any], calls: UnetCalls) -> None:
+    """Put our wrappers around and below those of others, in model options that are the run's own."""
+    previous = model_options.get("model_function_wrapper")
+    if previous is not None and not isinstance(previous, FunctionWrapper):
+        model_options["model_function_wrapper"] = FunctionWrapper(previous, calls)
+    wrappers = model_options["transformer_options"]["wrappers"]
+    others = {key: found for key, found in wrappers[WrappersMP.APPLY_MODEL].items() if key not in (KEY, _BELOW)}
+    wrappers[WrappersMP.APPLY_MODEL] = {KEY: [apply_model], **others}
+    if any(others.values()):
+        wrappers[WrappersMP.APPLY_MODEL][_BELOW] = [_below_apply_model]
+
+
+def apply_model(
+    executor: Any,
+    x: Any,
+    t: Any,
+    c_concat: Any,
+    c_crossattn: Any,
+    control: Any,
+    transformer_options: Any,
+    **kwargs: Any,
+) -> Any:
+    """APPLY_MODEL, around all others: some rows are to go through the UNet."""
+    rows = take_rows(kwargs)
+    state = transformer_options.get(KEY)
+    if state is not None:
+        state.check_prepared()
+        rows = state.unknown_rows(x) if rows is None else rows
+    if rows is None or state is None:
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+    calls: UnetCalls = state.calls
+
+    def evaluate() -> Any:
+        if _size(rows.pixels.shape) != _size(x.shape):
+            calls.refuse(x)
+        elif calls.requested(x):
+            return run(executor) if state.compilation is None else state.compilation.run(run, executor)
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+    def run(model: Callable[..., Any]) -> Any:
+        forward = state.forward(rows, x, transformer_options.get("sigmas"))
+        options = _watched({**transformer_options, FORWARD: forward})
+        if not _others_below(options, WrappersMP.APPLY_MODEL) and not _others_below(options, WrappersMP.DIFFUSION_MODEL):
+            calls.start_pass(forward)
+        out = model(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        state.finish_forward(forward)
+        return out
+
+    return calls.evaluate(x, evaluate)
+
+
+def _below_apply_model(executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """APPLY_MODEL, below all others."""
+    options = _options(args, kwargs)
+    forward = options.get(FORWARD)
+    if forward is not None:
+        calls: UnetCalls = options[KEY].calls
+        if not calls.is_own(forward.x, x):
+            args, kwargs = _without_features(args, kwargs)
+        elif not _others_below(options, WrappersMP.DIFFUSION_MODEL):
+            calls.start_pass(forward)
+    return executor(x, *args, **kwargs)
+
+
+def _around_unet(executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """DIFFUSION_MODEL, around all others."""
+    forward = _options(args, kwargs).get(FORWARD)
+    if forward is not None:
+        forward.unet_input = x
+    return executor(x, *args, **kwargs)
+
+
+def _below_unet(executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """DIFFUSION_MODEL, below all others."""
+    options = _options(args, kwargs)
+    forward = options.get(FORWARD)
+    if forward is not None:
+        calls: UnetCalls = options[KEY].calls
+        if calls.is_own(forward.unet_input, x):
+            calls.start_pass(forward)
+        else:
+            args, kwargs = _without_features(args, kwargs)
+    return executor(x, *args, **kwargs)
+
+
+def _watched(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of one forward, with our wrappers around and below those that others have at the UNet."""
+    wrappers = options.get("wrappers", {})
+    others = wrappers.get(WrappersMP.DIFFUSION_MODEL, {})
+    if not any(others.values()):
+        return options
+    around = {_AROUND: [_around_unet], **others, _BELOW: [_below_unet]}
+    return {**options, "wrappers": {**wrappers, WrappersMP.DIFFUSION_MODEL: around}}
+
+
+def _others_below(options: dict[str, Any], kind: str) -> bool:
+    return _BELOW in options.get("wrappers", {}).get(kind, {})
+
+
+def _options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The transformer options among the arguments after x; at the same place for both kinds of wrappers."""
+    options: dict[str, Any] = kwargs["transformer_options"] if len(args) < 5 else args[4]
+    return options
+
+
+def _without_features(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with options of their own, in which our attention patches find nothing to add."""
+    options = {**_options(args, kwargs), FORWARD: None}
+    if len(args) < 5:
+        return args, {**kwargs, "transformer_options": options}
+    return (*args[:4], options, *args[5:]), kwargs
+
+
+def _size(shape: Any) -> tuple[int, ...]:
+    """Rows, height and width; other nodes may add channels."""
+    return (shape[0], *shape[2:])
+
+
+def _equal(expected: Tensor, x: Tensor) -> bool:
+    # One look at the values, for which the host waits, only where another node hands on another tensor.
+    if x is expected:
+        return True
+    if _size(x.shape) != _size(expected.shape) or x.shape[1] < expected.shape[1]:
+        return False
+    return torch.equal(x[:, : expected.shape[1]], expected.to(x.dtype))
