@@ -320,6 +320,15 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             "MoMA does not work with MultiGPU work units",
         ),
     ),
+    "Other packs": (
+        Row(
+            "BrushNet, PowerPaint after MoMA",
+            WORKS,
+            "They replace the wrappers of the nodes before them; MoMA is put back for the run, with a warning.",
+            "compat_removals::test_what_is_taken_off_is_put_back_and_named",
+            "Apply MoMA's nodes after BrushNet, PowerPaint",
+        ),
+    ),
 }
 
 

@@ -56,23 +56,24 @@ def install(clone: Any, settings: Settings, start: Callable[..., Any], wrappers:
     fill_slots(options, settings.has_shortcut)
 
 
-def make_whole(patcher: Any, settings: Settings, options: dict[str, Any], wrappers: Wrappers) -> list[Any]:
+def make_whole(patcher: Any, settings: Settings, options: dict[str, Any], wrappers: Wrappers) -> None:
     """Put back into a run's own transformer options what is missing there, and say so.
 
     Args:
         patcher: The run's MODEL, which is left as it is.
         options: ComfyUI has added the MODEL's wrappers to them.
-
-    Returns:
-        Adapters that ComfyUI does not load with this MODEL, as nobody told it to.
     """
     missing = [f"the {name}" for name, there in _found_on(patcher) if not there]
-    missing += [f"the wrapper {kind}" for kind in _put_back(settings, options, wrappers)]
+    missing += [f"the wrapper {kind}" for kind in put_back(settings, options, wrappers)]
     if missing:
         logging.warning(
             f"MoMA: another node took {', '.join(missing)} of MoMA off this model. For this run all is put back. Apply "
             "MoMA's nodes after BrushNet, PowerPaint and others that replace what is on a model."
         )
+
+
+def unloaded_adapters(patcher: Any, settings: Settings) -> list[Any]:
+    """The adapters that ComfyUI does not load with a run's MODEL, as another node struck them off."""
     here = {id(model.model) for model in patcher.get_additional_models()}
     adapters = {id(s.adapter.module): s.adapter.patcher for s in settings.subjects}
     return [adapter for adapter in adapters.values() if id(adapter.model) not in here]
@@ -84,12 +85,8 @@ def is_whole(options: dict[str, Any], wrappers: Wrappers) -> bool:
     return has_slots(options) and all(_has(options, kind, wrappers[kind]) for kind in kinds)
 
 
-def put_back(settings: Settings, options: dict[str, Any], wrappers: Wrappers) -> None:
-    """Put wrappers and slots back into transformer options that are the run's own."""
-    _put_back(settings, options, wrappers)
-
-
-def _put_back(settings: Settings, options: dict[str, Any], wrappers: Wrappers) -> list[str]:
+def put_back(settings: Settings, options: dict[str, Any], wrappers: Wrappers) -> list[str]:
+    """Put wrappers and slots back into transformer options that are the run's own; returns the missing kinds."""
     missing = [kind for kind, wrapper in wrappers.items() if not _has(options, kind, wrapper)]
     for kind in missing:
         options.setdefault("wrappers", {}).setdefault(kind, {})[KEY] = [wrappers[kind]]

@@ -10,7 +10,6 @@ from typing import Any
 import comfy.model_patcher
 import comfy.utils
 import torch
-from comfy.model_management import load_models_gpu
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -20,15 +19,16 @@ from .conditioning import Rows, attach_rows, subjects_in
 from .editor import show_text
 from .evaluation import Evaluation
 from .forward import Forward, SubjectRun
+from .guard import Guard
 from .image_tokens import ImageTokenLayers, image_token_layers
-from .installed import is_whole, make_whole, put_back, settings_of
+from .installed import make_whole, settings_of
 from .live_mask import Film, LiveMask
-from .neighbours import check_layers, check_neighbours, check_prompts, neighbours
+from .neighbours import check_neighbours
 from .reference import reference_keys_values
 from .reference_cache import KeysValues
 from .schedule import Gates
 from .settings import KEY, Settings, SubjectSettings
-from .unet_calls import UnetCalls, apply_model, watch
+from .unet_calls import apply_model, watch
 
 
 class RunState:
@@ -38,23 +38,18 @@ class RunState:
         subjects: Set when sampling starts.
         masks: [S, B, H, W] in 0..1 after the last evaluation; None before the first one has ended.
         film: How the masks evolved.
-        calls: Tells the run's own forwards from those of others.
+        guard: Sees to it that the run stays with MoMA.
     """
 
-    def __init__(
-        self, settings: Settings, compilation: Compilation | None = None, unloaded: tuple[Any, ...] = ()
-    ) -> None:
+    def __init__(self, settings: Settings, compilation: Compilation | None) -> None:
         self.settings = settings
         self.compilation = compilation
-        self.calls = UnetCalls()
-        self._unloaded = unloaded
+        self.guard = Guard(settings, WRAPPERS)
         self.subjects: tuple[SubjectRun, ...] = ()
         self.masks: Tensor | None = None
         self.film = Film()
         self._live: list[LiveMask | None] = []
         self._collecting = False
-        self._prepared = False
-        self._complete = self._incomplete = self._repaired = False
         self._found: list[bool] = []
         self._gates: tuple[Gates, ...] = ()
         self._evaluation: Evaluation | None = None
@@ -63,10 +58,7 @@ class RunState:
 
     def prepare(self, guider: Any, model_options: dict[str, Any], noise: Tensor) -> None:
         """With the model loaded and the prompts processed: mark the rows, run the reference passes."""
-        check_layers(guider.inner_model.diffusion_model)
-        check_prompts(guider.conds)
-        self.calls.neighbours = neighbours(guider.model_patcher, model_options)
-        load_models_gpu(list(self._unloaded))
+        self.guard.prepare(guider, model_options)
         keys = [entry.subject.key for entry in self.settings.subjects]
         self._canvas = (noise.shape[0], *noise.shape[-2:])
         self._found = subjects_in(guider.conds, keys)
@@ -83,57 +75,18 @@ class RunState:
         self.subjects = tuple(_subject_run(entry, guider, options, noise) for entry in self.settings.subjects)
         sampling = guider.inner_model.model_sampling
         self._gates = tuple(Gates.of(entry, sampling) for entry in self.settings.subjects)
-        self._prepared = True
+        self.guard.prepared = True
         show_text("MoMA: sampling")
 
-    def whole(self, model_options: dict[str, Any] | None) -> dict[str, Any]:
-        """An evaluation's model options; if another node made new ones for it, a copy that has us in it again."""
-        options = (model_options or {}).get("transformer_options", {})
-        if model_options is not None and options.get(KEY) is self and is_whole(options, WRAPPERS):
-            return model_options
-        if not self._repaired:
-            self._repaired = True
-            logging.warning(
-                f"MoMA: another node gives the model options of its own, without MoMA in them. MoMA is put back into "
-                f"them.{self.calls.neighbours}"
-            )
-        copy = comfy.model_patcher.create_model_options_clone(model_options or {})
-        options = copy.setdefault("transformer_options", {})
-        options[KEY] = self
-        put_back(self.settings, options, WRAPPERS)
-        watch(copy, self.calls)
-        return copy
-
-    def check_prepared(self) -> None:
-        """Whether sampling started through our wrapper.
-
-        Raises:
-            ValueError: It did not.
-        """
-        if not self._prepared:
-            raise ValueError(
-                "MoMA: another node samples with options of its own, so that MoMA would do nothing in this run. Remove "
-                f"that node, or MoMA.{self.calls.neighbours}"
-            )
-
-    def finish(self) -> None:
-        """The run ended well: say what did not work in it.
-
-        Raises:
-            ValueError: Sampling never came to us.
-        """
-        self.check_prepared()
-        if self._incomplete and not self._complete and any(self._found):
-            logging.warning(
-                "MoMA: no forward of this run came to all attention layers once and in order, so there was no "
-                "automatic subject mask: another node leaves out layers or repeats them. The features reached the whole "
-                f"picture.{self.calls.neighbours}"
-            )
+    @property
+    def seeks_subjects(self) -> bool:
+        """Whether some prompt knows where a subject is, so that there are automatic masks."""
+        return any(self._found)
 
     def begin_evaluation(self, model_options: dict[str, Any], device: torch.device) -> None:
         """A guider starts to evaluate its prompts at one noise level."""
         self._patches = _replacements(model_options)
-        self._evaluation = Evaluation(len(self.subjects), self._canvas, device) if any(self._found) else None
+        self._evaluation = Evaluation(len(self.subjects), self._canvas, device) if self.seeks_subjects else None
 
     def end_evaluation(self) -> None:
         """The maps that came together become the masks of the next evaluation."""
@@ -181,24 +134,16 @@ class RunState:
             self_factors=tuple(own for _, own in factors),
             collecting=self._collecting,
             selecting=x.device.type == "cpu" and not compiled,
-            neighbours=self.calls.neighbours,
+            neighbours=self.guard.calls.neighbours,
         )
 
     def finish_forward(self, forward: Forward) -> None:
         """Put the forward's maps in their places on the canvas.
 
         Raises:
-            ValueError: The UNet ran and came to none of our patches, or to parts of a layer only.
+            ValueError: See `Guard.finish_forward`.
         """
-        passes = forward.passes
-        passes.finish()
-        if passes.started and not passes.touched and not self._complete:
-            raise ValueError(
-                "MoMA: another node runs this model without its attention layers, so that MoMA would do nothing: it "
-                f"replaced the UNet or its blocks. Remove that node, or MoMA.{self.calls.neighbours}"
-            )
-        self._incomplete = self._incomplete or (passes.started and not passes.complete)
-        self._complete = self._complete or passes.complete
+        self.guard.finish_forward(forward.passes)
         if self._evaluation is None or not self._collecting:
             return
         maps = forward.mean_map()
@@ -289,12 +234,12 @@ def outer_sample(executor: Any, settings: Settings, *args: Any, **kwargs: Any) -
     check_neighbours(patcher, settings, original["transformer_options"])
     guider.model_options = comfy.model_patcher.create_model_options_clone(original)
     options = guider.model_options["transformer_options"]
-    unloaded = make_whole(patcher, settings, options, WRAPPERS)
-    options[KEY] = state = RunState(settings, take_compilation(patcher, guider.model_options), tuple(unloaded))
-    watch(guider.model_options, state.calls)
+    make_whole(patcher, settings, options, WRAPPERS)
+    options[KEY] = state = RunState(settings, take_compilation(patcher, guider.model_options))
+    watch(guider.model_options, state.guard.calls)
     try:
         samples = executor(*args, **kwargs)
-        state.finish()
+        state.guard.finish(state.seeks_subjects)
         settings.log.record(samples, state.final_masks(), state.film)
         return samples
     finally:
@@ -306,9 +251,10 @@ def sampler_sample(
     executor: Any, guider: Any, sigmas: Any, extra_args: Any, callback: Any, noise: Any, *args: Any
 ) -> Any:
     """SAMPLER_SAMPLE: the model is loaded and the prompts are processed; sampling is about to start."""
-    model_options = extra_args["model_options"]
-    state = _state(model_options)
+    state = _state(guider.model_options)
     if state is not None:
+        model_options = state.guard.whole(state, extra_args["model_options"])
+        extra_args = {**extra_args, "model_options": model_options}
         state.prepare(guider, model_options, noise)
     return executor(guider, sigmas, extra_args, callback, noise, *args)
 
@@ -318,8 +264,8 @@ def predict_noise(executor: Any, x: Any, timestep: Any, model_options: Any = Non
     state = _state(executor.class_obj.model_options)
     if state is None:
         return executor(x, timestep, model_options, *args, **kwargs)
-    state.check_prepared()
-    model_options = state.whole(model_options)
+    state.guard.check_prepared()
+    model_options = state.guard.whole(state, model_options)
     state.begin_evaluation(model_options, x.device)
     out = executor(x, timestep, model_options, *args, **kwargs)
     state.end_evaluation()

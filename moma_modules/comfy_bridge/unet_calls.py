@@ -150,11 +150,11 @@ def apply_model(
     rows = take_rows(kwargs)
     state = transformer_options.get(KEY)
     if state is not None:
-        state.check_prepared()
+        state.guard.check_prepared()
         rows = state.unknown_rows(x) if rows is None else rows
     if rows is None or state is None:
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-    calls: UnetCalls = state.calls
+    calls: UnetCalls = state.guard.calls
 
     def evaluate() -> Any:
         if _size(rows.pixels.shape) != _size(x.shape):
@@ -180,7 +180,7 @@ def _below_apply_model(executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     options = _options(args, kwargs)
     forward = options.get(FORWARD)
     if forward is not None:
-        calls: UnetCalls = options[KEY].calls
+        calls: UnetCalls = options[KEY].guard.calls
         if not calls.is_own(forward.x, x):
             args, kwargs = _without_features(args, kwargs)
         elif not _others_below(options, WrappersMP.DIFFUSION_MODEL):
@@ -201,7 +201,7 @@ def _below_unet(executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     options = _options(args, kwargs)
     forward = options.get(FORWARD)
     if forward is not None:
-        calls: UnetCalls = options[KEY].calls
+        calls: UnetCalls = options[KEY].guard.calls
         if calls.is_own(forward.unet_input, x):
             calls.start_pass(forward)
         else:
