@@ -328,6 +328,13 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             "compat_removals::test_what_is_taken_off_is_put_back_and_named",
             "Apply MoMA's nodes after BrushNet, PowerPaint",
         ),
+        Row(
+            "LayerDiffuse (SD1.5)",
+            REFUSED,
+            "Before sampling: its attention units have no place for the features.",
+            "compat_forwards::test_replaced_attention_layers_are_refused_before_sampling",
+            "LayerDiffuse does that on SD1.5",
+        ),
     ),
 }
 

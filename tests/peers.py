@@ -1,15 +1,20 @@
 """Real code of other packs, fetched at test time where that is possible."""
 
+import importlib
 import importlib.util
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 from comfyui_source import cache_dir
 
 SECONDS = 60
@@ -30,6 +35,50 @@ def peer_pack(owner: str, name: str) -> ModuleType:
     sys.modules[module] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[module])
     return sys.modules[module]
+
+
+def peer_module(owner: str, name: str, module: str, **given: Any) -> ModuleType:
+    """One module of a pack, without what the pack's own start would import; skipped as `peer_pack` is.
+
+    `given`: what the module looks up in that start.
+    """
+    folder = _checkout(owner, name)
+    package = f"peer_part_{name}"
+    if package not in sys.modules:
+        sys.modules[package] = ModuleType(package)
+        sys.modules[package].__path__ = [str(folder)]
+        vars(sys.modules[package]).update(given)
+    return importlib.import_module(f"{package}.{module}")
+
+
+def apart(work: Callable[[], Any]) -> Any:
+    """The result of `work()` in a copy of this process, which takes with it whatever other packs do to ComfyUI."""
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("this system cannot copy a process")
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def child() -> None:
+        torch.set_num_threads(1)  # the other threads are not copied
+        try:
+            sender.send((True, work()))
+        except pytest.skip.Exception as skipped:
+            sender.send((False, str(skipped)))
+        except ModuleNotFoundError as missing:
+            sender.send((False, f"the pack needs {missing.name}"))
+
+    process = context.Process(target=child)
+    process.start()
+    sender.close()
+    try:
+        done, result = receiver.recv()
+    except EOFError:
+        pytest.fail("the other process failed, see its output")
+    finally:
+        process.join()
+    if not done:
+        pytest.skip(result)
+    return result
 
 
 def _checkout(owner: str, name: str) -> Path:

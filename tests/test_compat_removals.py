@@ -1,6 +1,7 @@
 """Nothing switches MoMA off silently: whatever another node takes off the MODEL is put back, or the run says what."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import comfy.model_management
@@ -176,6 +177,14 @@ def test_a_node_after_the_loss_finds_what_was_there(
     removal(poorer)
     again = moma(poorer, adapter, subject, weight=None, shortcut=tiny_shortcut())
     assert torch.equal(run(again, subject), expected)
+
+
+def test_options_may_be_copied_deeply(full: Any, subject: Any, expected: torch.Tensor) -> None:
+    """On the MODEL (AutomaticCFG does that) and during a run."""
+    copied = full.clone()
+    copied.model_options = deepcopy(copied.model_options)
+    assert torch.equal(run(copied, subject), expected)
+    assert torch.equal(run(new_options_from(WrappersMP.PREDICT_NOISE, deepcopy)(full), subject), expected)
 
 
 def new_options_from(kind: str, fresh: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Any], Any]:

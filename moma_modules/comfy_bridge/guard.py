@@ -1,7 +1,7 @@
 """Sees to it that a run stays with MoMA, whatever other nodes do while it samples."""
 
 import logging
-from typing import Any
+from typing import Any, NoReturn
 
 from comfy.model_management import load_models_gpu
 from comfy.model_patcher import create_model_options_clone
@@ -26,7 +26,7 @@ class Guard:
         self.prepared = False
         self._settings = settings
         self._wrappers = wrappers
-        self._complete = self._incomplete = self._repaired = False
+        self._forwards = self._started = self._complete = self._repaired = False
 
     def prepare(self, guider: Any, model_options: dict[str, Any]) -> None:
         """The model is loaded and the prompts are processed: look at who else is there, and that we are.
@@ -79,11 +79,9 @@ class Guard:
         """
         passes.finish()
         if passes.started and not passes.touched and not self._complete:
-            raise ValueError(
-                "MoMA: another node runs this model without its attention layers, so that MoMA would do nothing: it "
-                f"replaced the UNet or its blocks. Remove that node, or MoMA.{self.calls.neighbours}"
-            )
-        self._incomplete = self._incomplete or (passes.started and not passes.complete)
+            self._refuse()
+        self._forwards = True
+        self._started = self._started or passes.started
         self._complete = self._complete or passes.complete
 
     def finish(self, seeks_subjects: bool) -> None:
@@ -93,12 +91,20 @@ class Guard:
             seeks_subjects: Whether there were to be automatic masks.
 
         Raises:
-            ValueError: Sampling never came to us.
+            ValueError: Sampling never came to us, or never went through the UNet.
         """
         self.check_prepared()
-        if self._incomplete and not self._complete and seeks_subjects:
+        if self._forwards and not self._started:
+            self._refuse()
+        if self._forwards and not self._complete and seeks_subjects:
             logging.warning(
                 "MoMA: no forward of this run came to all attention layers once and in order, so there was no "
                 "automatic subject mask and the features reached the whole picture: another node leaves out layers or "
                 f"repeats them.{self.calls.neighbours}"
             )
+
+    def _refuse(self) -> NoReturn:
+        raise ValueError(
+            "MoMA: another node runs this model without its attention layers, so that MoMA would do nothing: it "
+            f"replaced the UNet or its blocks. Remove that node, or MoMA.{self.calls.neighbours}"
+        )

@@ -30,6 +30,10 @@ class RunStart:
         """See ComfyUI's OUTER_SAMPLE."""
         return self.start(executor, self.settings, *args, **kwargs)
 
+    def __deepcopy__(self, _: Any) -> "RunStart":
+        """Nodes that copy a model's options deeply share it: nothing about it changes."""
+        return self
+
 
 def settings_of(model: Any) -> Settings | None:
     """The MoMA settings on a MODEL, or None if it was not through our nodes."""

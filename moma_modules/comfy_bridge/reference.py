@@ -1,5 +1,6 @@
 """The reference pass: one forward over each reference picture gives keys and values for every self-attention layer."""
 
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -96,6 +97,8 @@ def _run_references(
         run_options: dict[str, Any] = {
             "patches_replace": {"attn1": {place: _BlockCollector(collector, i) for i, place in enumerate(BLOCKS)}},
             "cond_or_uncond": [0],
+            # Other packs' blocks look up, by these, what they know of the rows: of ours, nothing.
+            "uuids": [uuid.uuid4()],
             "sigmas": sigma,
         }
         if attention is not None:

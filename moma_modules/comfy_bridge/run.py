@@ -56,6 +56,10 @@ class RunState:
         self._patches: Any = None
         self._canvas: tuple[int, int, int] = (0, 0, 0)
 
+    def __deepcopy__(self, _: Any) -> "RunState":
+        """Nodes that copy a run's options deeply are still in the same run."""
+        return self
+
     def prepare(self, guider: Any, model_options: dict[str, Any], noise: Tensor) -> None:
         """With the model loaded and the prompts processed: mark the rows, run the reference passes."""
         self.guard.prepare(guider, model_options)
@@ -149,7 +153,7 @@ class RunState:
         maps = forward.mean_map()
         if maps is not None:
             self._evaluation.add(maps, forward.rows)
-        else:
+        elif forward.passes.started:
             self._evaluation.cut_short = True
 
     def final_masks(self) -> dict[str, Tensor]:

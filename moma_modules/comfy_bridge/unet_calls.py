@@ -20,6 +20,12 @@ from .settings import KEY
 _AROUND, _BELOW = f"{KEY}_around", f"{KEY}_below"
 """Keys of our wrappers around and below those of others."""
 
+_PENDING = f"{KEY}_pending_forward"
+"""Key of a `Forward` in the transformer options until our wrapper below those of others lets the patches see it."""
+
+_PLACE = 4
+"""Where the transformer options are among a wrapper's arguments after x."""
+
 
 @dataclass
 class _Request:
@@ -29,13 +35,13 @@ class _Request:
         x: The input, [R, C, h, w].
         passes: Forwards that were taken for the run's own.
         changed: Whether one of them had another input.
-        others: Shapes of the inputs of all other forwards.
+        others: Of all other forwards the rows, height and width that were expected, and those that came.
     """
 
     x: Tensor
     passes: int = 0
     changed: bool = False
-    others: list[tuple[int, ...]] = field(default_factory=list)
+    others: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
 
 
 class UnetCalls:
@@ -59,15 +65,15 @@ class UnetCalls:
         request, out = self._attempt(x, run)
         if request.passes or not request.others:  # also: a cache answered without the UNet
             return out
-        if any(_size(shape) == _size(x.shape) for shape in request.others) and not self._input_changes:
+        if any(expected == came for expected, came in request.others) and not self._input_changes:
             # Every input was another one: the latent is changed on its way. Once more, with that in mind.
             self._input_changes = True
             return self._attempt(x, run)[1]
-        rows, _, height, width = x.shape
+        (rows, height, width), came = request.others[0]
         raise ValueError(
-            f"MoMA: another node changed the model's input to {request.others[0]}, where {rows} rows of {height}x"
-            f"{width} were expected. Nodes that cut the picture into tiles do that; remove them from this model."
-            f"{self.neighbours}"
+            f"MoMA: another node changed the model's input to {came[0]} rows of {came[1]}x{came[2]}, where {rows} rows "
+            f"of {height}x{width} were expected. Nodes that cut the picture into tiles or windows do that; remove them "
+            f"from this model.{self.neighbours}"
         )
 
     def _attempt(self, x: Tensor, run: Callable[[], Any]) -> tuple[_Request, Any]:
@@ -97,13 +103,13 @@ class UnetCalls:
         if self._input_changes and _size(expected.shape) == _size(x.shape):
             request.changed = True
             return True
-        request.others.append(tuple(x.shape))
+        self.refuse(expected, x)
         return False
 
-    def refuse(self, x: Tensor) -> None:
-        """Note a forward over `x` as that of others."""
+    def refuse(self, expected: Tensor, x: Tensor) -> None:
+        """Note a forward over `x`, where one of the size of `expected` was to be, as that of others."""
         if self._request is not None:
-            self._request.others.append(tuple(x.shape))
+            self._request.others.append((_size(expected.shape), _size(x.shape)))
 
     def start_pass(self, forward: Any) -> None:
         """The UNet runs over the run's own rows."""
@@ -122,6 +128,10 @@ class FunctionWrapper:
     def __call__(self, model: Callable[..., Any], args: dict[str, Any]) -> Any:
         """See ComfyUI's `set_model_unet_function_wrapper`."""
         return self.calls.evaluate(args["input"], lambda: self.previous(model, args))
+
+    def __deepcopy__(self, _: Any) -> "FunctionWrapper":
+        """The run is the same one in every copy of its options."""
+        return self
 
 
 def watch(model_options: dict[str, Any], calls: UnetCalls) -> None:
@@ -158,15 +168,16 @@ def apply_model(
 
     def evaluate() -> Any:
         if _size(rows.pixels.shape) != _size(x.shape):
-            calls.refuse(x)
+            calls.refuse(rows.pixels, x)
         elif calls.requested(x):
             return run(executor) if state.compilation is None else state.compilation.run(run, executor)
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
     def run(model: Callable[..., Any]) -> Any:
         forward = state.forward(rows, x, transformer_options.get("sigmas"))
-        options = _watched({**transformer_options, FORWARD: forward})
-        if not _others_below(options, WrappersMP.APPLY_MODEL) and not _others_below(options, WrappersMP.DIFFUSION_MODEL):
+        options = _watched({**transformer_options, _PENDING: forward})
+        if not any(_is_watched(options, kind) for kind in (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)):
+            options[FORWARD] = forward
             calls.start_pass(forward)
         out = model(x, t, c_concat, c_crossattn, control, options, **kwargs)
         state.finish_forward(forward)
@@ -178,19 +189,16 @@ def apply_model(
 def _below_apply_model(executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """APPLY_MODEL, below all others."""
     options = _options(args, kwargs)
-    forward = options.get(FORWARD)
-    if forward is not None:
-        calls: UnetCalls = options[KEY].guard.calls
-        if not calls.is_own(forward.x, x):
-            args, kwargs = _without_features(args, kwargs)
-        elif not _others_below(options, WrappersMP.DIFFUSION_MODEL):
-            calls.start_pass(forward)
-    return executor(x, *args, **kwargs)
+    forward = options.get(_PENDING)
+    if forward is None:
+        return executor(x, *args, **kwargs)
+    deepest = not _is_watched(options, WrappersMP.DIFFUSION_MODEL)
+    return _below(forward, forward.x, deepest, executor, x, args, kwargs)
 
 
 def _around_unet(executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """DIFFUSION_MODEL, around all others."""
-    forward = _options(args, kwargs).get(FORWARD)
+    forward = _options(args, kwargs).get(_PENDING)
     if forward is not None:
         forward.unet_input = x
     return executor(x, *args, **kwargs)
@@ -198,15 +206,30 @@ def _around_unet(executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _below_unet(executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """DIFFUSION_MODEL, below all others."""
+    forward = _options(args, kwargs).get(_PENDING)
+    if forward is None:
+        return executor(x, *args, **kwargs)
+    return _below(forward, forward.unet_input, True, executor, x, args, kwargs)
+
+
+def _below(
+    forward: Any, expected: Tensor, deepest: bool, executor: Any, x: Tensor, args: tuple[Any, ...], kwargs: Any
+) -> Any:
+    """What others made of `expected` goes on to the UNet: with the features if it is the run's own."""
     options = _options(args, kwargs)
-    forward = options.get(FORWARD)
-    if forward is not None:
-        calls: UnetCalls = options[KEY].guard.calls
-        if calls.is_own(forward.unet_input, x):
-            calls.start_pass(forward)
-        else:
-            args, kwargs = _without_features(args, kwargs)
-    return executor(x, *args, **kwargs)
+    calls: UnetCalls = options[KEY].guard.calls
+    if not calls.is_own(expected, x):
+        args, kwargs = _with_options({**options, _PENDING: None}, args, kwargs)
+        return executor(x, *args, **kwargs)
+    if not deepest:
+        return executor(x, *args, **kwargs)
+    calls.start_pass(forward)
+    # In place: other nodes keep an eye on these very options while the UNet runs.
+    options[FORWARD] = forward
+    try:
+        return executor(x, *args, **kwargs)
+    finally:
+        options[FORWARD] = None
 
 
 def _watched(options: dict[str, Any]) -> dict[str, Any]:
@@ -219,22 +242,23 @@ def _watched(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "wrappers": {**wrappers, WrappersMP.DIFFUSION_MODEL: around}}
 
 
-def _others_below(options: dict[str, Any], kind: str) -> bool:
+def _is_watched(options: dict[str, Any], kind: str) -> bool:
+    """Whether there are others at this kind of wrapper, and ours below them."""
     return _BELOW in options.get("wrappers", {}).get(kind, {})
 
 
 def _options(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The transformer options among the arguments after x; at the same place for both kinds of wrappers."""
-    options: dict[str, Any] = kwargs["transformer_options"] if len(args) < 5 else args[4]
+    options: dict[str, Any] = args[_PLACE] if len(args) > _PLACE else kwargs["transformer_options"]
     return options
 
 
-def _without_features(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with options of their own, in which our attention patches find nothing to add."""
-    options = {**_options(args, kwargs), FORWARD: None}
-    if len(args) < 5:
-        return args, {**kwargs, "transformer_options": options}
-    return (*args[:4], options, *args[5:]), kwargs
+def _with_options(
+    options: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if len(args) > _PLACE:
+        return (*args[:_PLACE], options, *args[_PLACE + 1 :]), kwargs
+    return args, {**kwargs, "transformer_options": options}
 
 
 def _size(shape: Any) -> tuple[int, ...]:
