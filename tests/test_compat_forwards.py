@@ -267,7 +267,9 @@ def in_parts(model: Any, whole: bool) -> Any:
     """Around our slots, put there when sampling has begun."""
     clone = model.clone()
 
-    def wrapper(executor: Any, x: Any, timesteps: Any, context: Any, y: Any, control: Any, options: Any, **kw: Any) -> Any:
+    def wrapper(
+        executor: Any, x: Any, timesteps: Any, context: Any, y: Any, control: Any, options: Any, **kw: Any
+    ) -> Any:
         slots = options["patches_replace"]
         around = {place: Parts(slots["attn1"][place], whole) for place in BLOCKS}
         options["patches_replace"] = {**slots, "attn1": around}
@@ -324,3 +326,19 @@ def test_replaced_attention_layers_are_refused_before_sampling(
         handle.remove()
     assert message("LayerDiffuse (SD1.5)") in str(raised.value) and not started
     assert torch.equal(run(moma(model, adapter, subject), subject), run(moma(model, adapter, subject), subject))
+
+
+def test_text_that_was_not_marked_is_not_looked_at(full: Any, subject: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """As ELLA's older node does it: other text, with tokens of its own before CLIP's. The marks do not fit it."""
+
+    def other_text(model: Any, args: dict[str, Any]) -> Any:
+        text = args["c"]["c_crossattn"]
+        before = noise_like(text[:, :64])
+        return model(args["input"], args["timestep"], **{**args["c"], "c_crossattn": torch.cat([before, text], dim=1)})
+
+    patched = full.clone()
+    patched.set_model_unet_function_wrapper(other_text)
+    with caplog.at_level("WARNING"):
+        samples = run(patched, subject)
+    assert bool((masks_of(patched, samples)[subject.key] == 1).all())
+    assert caplog.text.count(message("Nodes that replace the text during the run")) == 1

@@ -4,17 +4,16 @@ A case builds the pack's node on the tiny model. The numbers are largest differe
 standard deviation near 1.
 """
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
-import server
 import torch
-from comfyui_moma.moma_modules.comfy_bridge.conditioning import mark_tokens
+from comfyui_moma.moma_modules.comfy_bridge.conditioning import TOKENS_KEY, mark_tokens
+from comfyui_moma.moma_modules.comfy_bridge.text import mark_subject
 from compat_rows import message
-from nodes import ControlNetApplyAdvanced
 from peers import apart, peer_module, peer_pack
 from scene import (
     CONTEXT,
@@ -28,7 +27,9 @@ from scene import (
     tiny_shortcut,
     tiny_subject,
 )
-from tiny_models import seeded, tiny_model, tiny_vae
+from tiny_models import seeded, tiny_clip, tiny_model, tiny_vae
+
+from nodes import ControlNetApplyAdvanced
 
 Node = Callable[[Any], Any]
 """A MODEL with the pack's node on it."""
@@ -100,6 +101,9 @@ def brushnet() -> Node:
     def add(model: Any) -> Any:
         clone = model.clone()
         patch.patch_model_function_wrapper(clone, lambda *_: None)
+        # Its last version fails on ComfyUI's newer argument `latent_shapes`, MoMA or not.
+        (theirs,) = clone.wrappers["outer_sample"][None]
+        clone.wrappers["outer_sample"][None] = [lambda *args, latent_shapes=None, **kwargs: theirs(*args, **kwargs)]
         return clone
 
     return add
@@ -132,7 +136,9 @@ def couple_ppm() -> Node:
         device, dtype = model.load_device, torch.float32
         prompts = (positive(seed=72), [positive(seed=71)])
         clone.set_model_attn2_patch(couple.unet_attn2_couple_wrapper(*prompts, 2, False, device, dtype))
-        clone.set_model_attn2_output_patch(couple.unet_attn2_output_couple_wrapper(torch.stack([mask(True), mask(False)])))
+        clone.set_model_attn2_output_patch(
+            couple.unet_attn2_output_couple_wrapper(torch.stack([mask(True), mask(False)]))
+        )
         return clone
 
     return add
@@ -228,7 +234,7 @@ WORKING = {
     "AutomaticCFG": Case(automatic_cfg),
     "Perturbed-Attention (pack)": Case(perturbed_attention),
     "Smoothed Energy Guidance": Case(smoothed_energy),
-    "Sliding Window Guidance, small": Case(lambda: sliding_window(64)),
+    "Sliding Window Guidance": Case(lambda: sliding_window(64)),
     "StyleAligned": Case(lambda: style_aligned("disabled"), settings={"batch": 2, "size": (16, 16)}),
     "StyleAligned share_norm": Case(lambda: style_aligned("both"), settings={"batch": 2, "size": (16, 16)}),
     "WaveSpeed first-block cache": Case(first_block_cache, settings={"steps": 8}),
@@ -251,7 +257,7 @@ REFUSED = {
     "LayerDiffuse (SD1.5)": Case(layer_diffuse),
     "Attention couple (cgem156)": Case(couple_cgem),
     "Attention couple (ppm)": Case(couple_ppm),
-    "Sliding Window Guidance above its tile": Case(lambda: sliding_window(64), settings={"size": (16, 16)}),
+    "Sliding Window Guidance above its window": Case(lambda: sliding_window(64), settings={"size": (16, 16)}),
     "TiledDiffusion": Case(tiled_diffusion),
 }
 
@@ -280,14 +286,16 @@ def lanpaint() -> Sampler:
 
 
 def res4lyf() -> Sampler:
-    server.PromptServer.instance = MagicMock()  # its start adds routes to a running server
-    node = peer_pack("ClownsharkBatwing", "RES4LYF").NODE_CLASS_MAPPINGS["ClownsharKSampler_Beta"]()
+    from server import PromptServer  # before 0.20 only a running server can be imported
+
+    PromptServer(asyncio.new_event_loop())  # the pack's start adds routes to it
+    node = peer_pack("ClownsharkBatwing", "RES4LYF").NODE_CLASS_MAPPINGS["ClownsharKSampler_Beta"]
     settings = {"sampler_name": "multistep/res_2m", "scheduler": "normal", "steps": 3, "denoise": 1.0, "cfg": 5.0}
 
     def sampled(model: Any, yes: list, no: list) -> torch.Tensor:
         latent = {"samples": torch.zeros(1, 4, 8, 8)}
-        found = node.main(model=model, seed=1, positive=yes, negative=no, latent_image=latent, **settings)
-        return found[0]["samples"]
+        found = node.execute(model=model, seed=1, positive=yes, negative=no, latent_image=latent, **settings)
+        return getattr(found, "args", found)[0]["samples"]
 
     return sampled
 
@@ -384,3 +392,54 @@ def test_dense_diffusion_forgets_the_marks() -> None:
     """Its prompt is a new one: the features reach the whole picture, until MoMA Mark Subject follows."""
     found = apart(dense_diffusion)
     assert found["moma"] > 0.05 and found["lost"] == 0 and found["mask"] > 0.05, found
+
+
+def ella() -> dict[str, Any]:
+    """ELLA with CLIP behind it, its network small and random: 64 tokens of its own, then CLIP's 77, per time step."""
+    nodes = peer_module("TencentQQGYLab", "ComfyUI-ELLA", "ella")
+    networks = peer_module("TencentQQGYLab", "ComfyUI-ELLA", "model")
+    settings = {"time_channel": 32, "time_embed_dim": CONTEXT, "width": CONTEXT, "layers": 1, "heads": 4}
+    network = networks.ELLAModel(**settings, input_dim=32)
+    for name, weight in network.named_parameters():
+        weight.data = 0.2 * seeded(81, name, tuple(weight.shape))
+    model, subject, full = scene()
+    clip, text = tiny_clip(), "photo of a car. on a beach"
+    encoder = {"model": lambda text, max_length: seeded(82, text, (1, 16, 32))}
+    steps = {"model": network, "timesteps": model.model.model_sampling.timestep(torch.tensor([14.6, 3.0, 0.5, 0.0]))}
+    with torch.inference_mode():
+        both, alone = nodes.EllaTextEncode().encode(steps, encoder, text, clip, text)
+        no, _ = nodes.EllaTextEncode().encode(steps, encoder, "ugly", clip, "ugly")
+    marked = mark_subject(clip, subject, both, text).conditioning
+    expected = mark_subject(clip, subject, alone, text).conditioning[0][1][TOKENS_KEY][subject.key]
+    patched = full(model)
+    ours, theirs = sample(patched, marked, no, steps=3), by_itself(lambda: sample(model, both, no, steps=3))
+    places = [known[TOKENS_KEY][subject.key] for _, known in marked]
+    return {
+        "lengths": {values.shape[1] for values, _ in both},
+        "moved": {b - a for found in places for a, b in zip(expected, found, strict=True)},
+        "moma": difference(ours, theirs),
+        "mask": mask_of(patched, ours, subject),
+    }
+
+
+def test_ella() -> None:
+    """MoMA Mark Subject finds CLIP's text behind ELLA's."""
+    found = apart(ella)
+    assert found["lengths"] == {141} and found["moved"] == {64}, found
+    assert found["moma"] > 0.05 and found["mask"] > 0.05, found
+
+
+def couple_in_prompts() -> dict[str, Any]:
+    couple = peer_module("asagi4", "comfyui-prompt-control", "prompt_control.attention_couple_ppm")
+    model, subject, full = scene()
+    regions = [[values, {**known, "mask": mask(False)[None], "mask_strength": 1.0}] for values, known in positive()]
+    prompt = couple.set_cond_attnmask(positive(subject), regions, fill=True)
+    plain = run(model, subject)
+    with pytest.raises(ValueError, match="^MoMA: ") as raised:
+        sample(full(model), prompt, negative(), steps=2)
+    return {"error": str(raised.value), "model": difference(run(model.clone(), subject), plain)}
+
+
+def test_a_couple_in_the_prompts_is_refused() -> None:
+    found = apart(couple_in_prompts)
+    assert message("Attention couple (prompt-control)") in found["error"] and found["model"] == 0, found

@@ -40,6 +40,15 @@ def mark_tokens(conditioning: list, positions: dict[str, tuple[int, ...]]) -> li
     ]
 
 
+def moved_tokens(conditioning: list, key: str, starts: list[int]) -> list:
+    """A copy of a marked CONDITIONING in which the text of each part begins at the token `starts` says."""
+    moved = []
+    for (values, known), start in zip(conditioning, starts, strict=True):
+        places = {**known[TOKENS_KEY], key: tuple(place + start for place in known[TOKENS_KEY][key])}
+        moved.append([values, {**known, TOKENS_KEY: places}])
+    return moved
+
+
 def subjects_in(conds: dict[str, list[dict[str, Any]]], keys: list[str]) -> list[bool]:
     """For each subject key whether some positive conditioning knows its tokens."""
     positives = [cond for name, part in conds.items() if not _is_negative(name) for cond in part or ()]

@@ -1,11 +1,15 @@
 """Sees to it that a run stays with MoMA, whatever other nodes do while it samples."""
 
 import logging
+from dataclasses import replace
 from typing import Any, NoReturn
 
+import torch
 from comfy.model_management import load_models_gpu
 from comfy.model_patcher import create_model_options_clone
+from torch import Tensor
 
+from .conditioning import Rows
 from .installed import Wrappers, is_whole, put_back, unloaded_adapters
 from .neighbours import check_layers, check_prompts, neighbours
 from .passes import Passes
@@ -27,6 +31,7 @@ class Guard:
         self._settings = settings
         self._wrappers = wrappers
         self._forwards = self._started = self._complete = self._repaired = False
+        self._other_text = False
 
     def prepare(self, guider: Any, model_options: dict[str, Any]) -> None:
         """The model is loaded and the prompts are processed: look at who else is there, and that we are.
@@ -70,6 +75,23 @@ class Guard:
         put_back(self._settings, options, self._wrappers)
         watch(copy, self.calls)
         return copy
+
+    def fitting(self, rows: Rows, text: Tensor | None) -> Rows:
+        """The rows of a forward over a text [R, L, C]; without marks if that is not the text that was marked.
+
+        Args:
+            text: None for a model without.
+        """
+        if text is None or rows.tokens.shape[2] % text.shape[1] == 0:
+            return rows
+        if not self._other_text:
+            self._other_text = True
+            logging.warning(
+                "MoMA: another node gives the model other text than the prompts (ELLA does that), so MoMA cannot tell "
+                "where the subject is in it, and there is no automatic subject mask. Encode the prompts with that "
+                f"node, then add MoMA Mark Subject.{self.calls.neighbours}"
+            )
+        return replace(rows, tokens=torch.zeros_like(rows.tokens))
 
     def finish_forward(self, passes: Passes) -> None:
         """A forward of the run's own has ended.

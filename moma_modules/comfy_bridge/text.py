@@ -2,7 +2,7 @@
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from string import punctuation
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..subject import Subject
 from ..subject_tokens import fill_template, find_subject
-from .conditioning import mark_tokens
+from .conditioning import mark_tokens, moved_tokens
+from .placing import text_start
 
 CLIP_KEY = "l"
 """ComfyUI's name for the one text encoder of SD1.5."""
@@ -50,7 +51,7 @@ def mark_subject(clip: Any, subject: Subject, conditioning: list, text: str) -> 
     """A copy of `conditioning`, which was encoded from `text`, that knows where one more subject is.
 
     Raises:
-        ValueError: The CLIP is not SD1.5's, or the conditioning is too short for the text.
+        ValueError: The CLIP is not SD1.5's, the conditioning is too short for the text, or the text is not in it.
     """
     tokens = _tokenize(clip, text)
     needed = sum(len(chunk) for chunk in tokens[CLIP_KEY])
@@ -60,7 +61,9 @@ def mark_subject(clip: Any, subject: Subject, conditioning: list, text: str) -> 
             f"text makes {needed} tokens, conditioning has {length}: it was not encoded from this text. Connect the "
             "text output of the MoMA Text Encode (or the text of the CLIP Text Encode) that made the conditioning."
         )
-    return _knowing(clip, subject, conditioning, text, tokens)
+    marked = _knowing(clip, subject, conditioning, text, tokens)
+    starts = [text_start(clip, tokens, entry[0], needed) for entry in conditioning]
+    return replace(marked, conditioning=moved_tokens(marked.conditioning, subject.key, starts))
 
 
 def _knowing(clip: Any, subject: Subject, conditioning: list, text: str, tokens: dict[str, list]) -> EncodedPrompt:

@@ -174,7 +174,8 @@ def apply_model(
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
     def run(model: Callable[..., Any]) -> Any:
-        forward = state.forward(rows, x, transformer_options.get("sigmas"))
+        known = state.guard.fitting(rows, c_crossattn)
+        forward = state.forward(known, x, transformer_options.get("sigmas"))
         options = _watched({**transformer_options, _PENDING: forward})
         if not any(_is_watched(options, kind) for kind in (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)):
             options[FORWARD] = forward
