@@ -367,13 +367,15 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
         Row(
             "Advanced-ControlNet Reference",
             WORKS,
-            "Its forward over the reference is what it is without MoMA, by 0. What style fidelity adds for the negative rows goes without the shortcut.",
+            "Its forward over the reference is what it is without MoMA, by 0. What style fidelity adds "
+            "for the negative rows goes without the shortcut.",
             "compat_packs::test_advanced_controlnet_reference",
         ),
         Row(
             "WaveSpeed first-block cache",
             WORKS,
-            "Masks come from whole forwards only; while the cache answers, the last one stays. The two orders differ by 0.",
+            "Masks come from whole forwards only; while the cache answers, the last one stays. The two "
+            "orders differ by 0.",
             "compat_packs::test_packs_that_work",
         ),
         Row(
@@ -391,7 +393,8 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
         Row(
             "BrushNet, PowerPaint after MoMA",
             WORKS,
-            "They replace the wrappers of the nodes before them; MoMA is put back for the run, with a warning: the picture differs by 0.",
+            "They replace the wrappers of the nodes before them; MoMA is put back for the run, with a "
+            "warning: the picture differs by 0.",
             "compat_removals::test_what_is_taken_off_is_put_back_and_named",
             "Apply MoMA's nodes after BrushNet, PowerPaint",
         ),

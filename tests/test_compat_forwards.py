@@ -1,4 +1,4 @@
-"""Only complete forwards over the run's own rows get the features and feed the masks; those of other nodes do neither."""
+"""Only complete forwards over the run's own rows get the features and feed the masks; those of others do neither."""
 
 from collections.abc import Callable
 from typing import Any

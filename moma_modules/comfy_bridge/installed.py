@@ -1,7 +1,7 @@
 """What our nodes install on a MODEL, and what of it another node has taken away again.
 
-ComfyUI lets every node replace what is on a MODEL. So the start of a run lies on it twice, each with the settings: among
-the MODEL's wrappers and in its transformer options. From either the run is made whole again.
+ComfyUI lets every node replace what is on a MODEL. So the start of a run lies on it twice, each time with the settings:
+among the MODEL's wrappers and in its transformer options. From either the run is made whole again.
 """
 
 import logging

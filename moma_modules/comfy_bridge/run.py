@@ -21,7 +21,7 @@ from .evaluation import Evaluation
 from .forward import Forward, SubjectRun
 from .guard import Guard
 from .image_tokens import ImageTokenLayers, image_token_layers
-from .installed import make_whole, settings_of
+from .installed import Wrappers, make_whole, settings_of
 from .live_mask import Film, LiveMask
 from .neighbours import check_neighbours
 from .reference import reference_keys_values
@@ -296,7 +296,7 @@ def _state(model_options: dict[str, Any] | None) -> RunState | None:
     return (model_options or {}).get("transformer_options", {}).get(KEY)
 
 
-WRAPPERS = {
+WRAPPERS: Wrappers = {
     WrappersMP.SAMPLER_SAMPLE: sampler_sample,
     WrappersMP.PREDICT_NOISE: predict_noise,
     WrappersMP.CALC_COND_BATCH: calc_cond_batch,
