@@ -379,18 +379,6 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             "compat_packs::test_packs_that_work",
         ),
         Row(
-            "Nodes that run the UNet for something else",
-            WORKS,
-            "Only forwards over the run's own latent get the features and feed the mask: the picture differs by 0.",
-            "compat_forwards::test_an_extra_forward_changes_nothing",
-        ),
-        Row(
-            "Nodes that change the latent on its way to the UNet",
-            WORKS,
-            "Where they run the UNet once per evaluation.",
-            "compat_forwards::test_a_latent_that_is_changed_on_its_way_is_still_the_runs_own",
-        ),
-        Row(
             "BrushNet, PowerPaint after MoMA",
             WORKS,
             "They replace the wrappers of the nodes before them; MoMA is put back for the run, with a "
@@ -405,24 +393,11 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             "compat_packs::test_ella",
         ),
         Row(
-            "Nodes that replace the text during the run",
-            PARTLY,
-            "No automatic mask.",
-            "compat_forwards::test_text_that_was_not_marked_is_not_looked_at",
-            "another node gives the model other text than the prompts",
-        ),
-        Row(
             "DenseDiffusion",
             PARTLY,
             "Its prompt is a new one: no automatic mask, until MoMA Mark Subject follows it.",
             "compat_packs::test_dense_diffusion_forgets_the_marks",
             "no positive prompt of this run knows where the subject",
-        ),
-        Row(
-            "XY plots that load the checkpoint anew (Efficiency)",
-            PARTLY,
-            "A MODEL that did not go through MoMA's nodes is without it: plot what lies behind them.",
-            "compat_removals::test_without_all_of_it_the_model_is_a_fresh_one",
         ),
         Row(
             "LayerDiffuse (SD1.5)",
@@ -451,6 +426,33 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             "Before sampling; it comes with the prompts.",
             "compat_packs::test_a_couple_in_the_prompts_is_refused",
             "MoMA: the attention couple of",
+        ),
+    ),
+    "What other packs do": (
+        Row(
+            "Nodes that run the UNet for something else",
+            WORKS,
+            "Only forwards over the run's own latent get the features and feed the mask: the picture differs by 0.",
+            "compat_forwards::test_an_extra_forward_changes_nothing",
+        ),
+        Row(
+            "Nodes that change the latent on its way to the UNet",
+            WORKS,
+            "Where they run the UNet once per evaluation.",
+            "compat_forwards::test_a_latent_that_is_changed_on_its_way_is_still_the_runs_own",
+        ),
+        Row(
+            "Nodes that replace the text during the run",
+            PARTLY,
+            "No automatic mask.",
+            "compat_forwards::test_text_that_was_not_marked_is_not_looked_at",
+            "another node gives the model other text than the prompts",
+        ),
+        Row(
+            "XY plots that load the checkpoint anew (Efficiency)",
+            PARTLY,
+            "A MODEL that did not go through MoMA's nodes is without it: plot what lies behind them.",
+            "compat_removals::test_without_all_of_it_the_model_is_a_fresh_one",
         ),
         Row(
             "Engines that run the UNet in place of ComfyUI",

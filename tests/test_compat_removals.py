@@ -11,7 +11,7 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfyui_moma.moma_modules.comfy_bridge.patching import settings_of
 from compat_rows import message
-from scene import masks_of, moma, negative, positive, sample, tiny_shortcut, tiny_subject
+from scene import masks_of, moma, negative, positive, sample, tiny_shortcut
 
 OURS = "moma"
 KINDS = ("outer_sample", "sampler_sample", "predict_noise", "calc_cond_batch", "apply_model")
@@ -251,12 +251,17 @@ def test_a_sampler_of_another_pack_without_our_wrapper_is_refused(full: Any, sub
         guider.sample(torch.ones(1, 4, 8, 8), torch.zeros(1, 4, 8, 8), sampler, sigmas, disable_pbar=True)
 
 
-def test_what_was_added_after_the_callback_was_lost_stays_apart(model: Any, adapter: Any) -> None:
-    """ON_CLONE gives every clone patches of its own; who loses it is told so by the run (see above)."""
-    subject = tiny_subject(adapter)
-    patched = moma(model, adapter, subject)
-    first = patched.clone()
-    slot = first.model_options["transformer_options"]["patches_replace"]["attn2"][("input", 1)]
-    slot.add(lambda out, *_, **__: out)
-    mine = patched.model_options["transformer_options"]["patches_replace"]["attn2"][("input", 1)]
-    assert len(slot.added) == 1 and not mine.added
+def test_models_that_share_patches_are_told_so(full: Any, subject: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Without ON_CLONE what is added to one clone is added to all of them: each of their runs says it."""
+    poorer = full.clone()
+    no_callbacks(poorer)
+    clone = poorer.clone()
+    slots = [m.model_options["transformer_options"]["patches_replace"]["attn2"][("input", 1)] for m in (poorer, clone)]
+    assert slots[0] is slots[1]
+    for model in (poorer, clone):
+        caplog.clear()
+        run(model, subject, steps=1)
+        assert "what IPAdapter adds to one of them acts on the others too" in caplog.text
+    caplog.clear()
+    run(full, subject, steps=1)
+    assert "IPAdapter" not in caplog.text

@@ -74,6 +74,11 @@ def make_whole(patcher: Any, settings: Settings, options: dict[str, Any], wrappe
             f"MoMA: another node took {', '.join(missing)} of MoMA off this model. For this run all is put back. Apply "
             "MoMA's nodes after BrushNet, PowerPaint and others that replace what is on a model."
         )
+    if not patcher.get_callbacks(CallbacksMP.ON_CLONE, KEY):
+        logging.warning(
+            "MoMA: without its callback the models after that node share MoMA's attention patches: what IPAdapter adds "
+            "to one of them acts on the others too. Apply IPAdapter before that node."
+        )
 
 
 def unloaded_adapters(patcher: Any, settings: Settings) -> list[Any]:
