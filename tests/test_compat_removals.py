@@ -265,3 +265,21 @@ def test_models_that_share_patches_are_told_so(full: Any, subject: Any, caplog: 
     caplog.clear()
     run(full, subject, steps=1)
     assert "IPAdapter" not in caplog.text
+
+
+def test_options_that_are_made_anew_before_sampling(full: Any, subject: Any, expected: torch.Tensor) -> None:
+    """Another start of a run, below ours, drops all options: nothing of ours is asked again, and the run says so."""
+
+    def outer(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        guider = executor.class_obj
+        kept, guider.model_options = guider.model_options, {"transformer_options": {}}
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            guider.model_options = kept
+
+    other = full.clone()
+    other.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "other", outer)
+    with pytest.raises(ValueError, match="^MoMA: another node samples with options of its own"):
+        run(other, subject)
+    assert torch.equal(run(full, subject), expected)
