@@ -151,6 +151,27 @@ def test_a_latent_that_is_changed_on_its_way_is_still_the_runs_own(
         assert all(torch.equal(run(other, subject), samples) for other in same)
 
 
+def test_a_batch_in_parts_is_still_the_runs_own(full: Any, subject: Any) -> None:
+    """Nodes that save memory: the rows one by one, with all that belongs to them."""
+
+    def one_by_one(model: Any, args: dict[str, Any]) -> torch.Tensor:
+        x = args["input"]
+        outputs = []
+        for i in range(len(x)):
+            c = {
+                key: value[i : i + 1] if isinstance(value, torch.Tensor) and len(value) == len(x) else value
+                for key, value in args["c"].items()
+            }
+            outputs.append(model(x[i : i + 1], args["timestep"][i : i + 1], **c))
+        return torch.cat(outputs)
+
+    patched = full.clone()
+    patched.set_model_unet_function_wrapper(one_by_one)
+    samples, expected = run(patched, subject, batch=2), run(full, subject, batch=2)
+    assert close(samples, expected, 1e-5)
+    assert close(masks_of(patched, samples)[subject.key], masks_of(full, expected)[subject.key], 1e-4)
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_where_it_cannot_be_told_which_forward_is_the_runs_own(full: Any, subject: Any, place: str) -> None:
     other = PLACES[place](lambda x: [x + 1, x + 2], 1)(full)

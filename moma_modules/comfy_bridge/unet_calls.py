@@ -90,8 +90,12 @@ class UnetCalls:
         return request, out
 
     def requested(self, x: Tensor) -> bool:
-        """Whether `x` is what the sampler asked for."""
-        return self._request is None or self.is_own(self._request.x, x)
+        """Whether `x` is what the sampler asked for, or some of its rows."""
+        if self._request is None:
+            return True
+        whole, rows = self._request.x, len(x)
+        starts = range(len(whole) - rows + 1) if rows < len(whole) else ()
+        return any(_equal(whole[i : i + rows], x) for i in starts) or self.is_own(whole, x)
 
     def is_own(self, expected: Tensor, x: Tensor) -> bool:
         """Whether a forward over `x` is the one that was to go over `expected`; one of others is noted."""
@@ -161,7 +165,7 @@ def apply_model(
     state = transformer_options.get(KEY)
     if state is not None:
         state.guard.check_prepared()
-        rows = state.unknown_rows(x) if rows is None else rows
+        rows = state.unknown_rows(x) if rows is None else state.guard.fitting(rows, c_crossattn)
     if rows is None or state is None:
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
     calls: UnetCalls = state.guard.calls
@@ -174,8 +178,7 @@ def apply_model(
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
     def run(model: Callable[..., Any]) -> Any:
-        known = state.guard.fitting(rows, c_crossattn)
-        forward = state.forward(known, x, transformer_options.get("sigmas"))
+        forward = state.forward(rows, x, transformer_options.get("sigmas"))
         options = _watched({**transformer_options, _PENDING: forward})
         if not any(_is_watched(options, kind) for kind in (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)):
             options[FORWARD] = forward
