@@ -16,8 +16,8 @@ FORWARD = "moma_forward"
 
 LOST = (
     "MoMA: another node took MoMA's wrappers off this model, or runs the model by itself, so that MoMA would do "
-    "nothing. BrushNet and PowerPaint replace the wrappers of the nodes before them: apply MoMA's nodes after such a node, or "
-    "remove it."
+    "nothing. BrushNet and PowerPaint replace the wrappers of the nodes before them: apply MoMA's nodes after such a "
+    "node, or remove it."
 )
 """The message where our patches are left and nothing else of ours is."""
 
