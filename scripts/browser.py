@@ -1,5 +1,6 @@
 """ComfyUI's editor in a headless Chromium: what a person would click, and what they would see."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,12 @@ SETTINGS = {
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
 }
 """Of a user who has seen the tutorial, and wants to read everything from afar."""
-CUT_OFF = ("net::ERR_FAILED", "Connecting to 'https://", "Fetch API cannot load https://")
+CUT_OFF = (
+    "net::ERR_FAILED",
+    "Connecting to 'https://",
+    "Fetch API cannot load https://",
+    "Error fetching file size: TypeError: Failed to fetch",
+)
 """How the console names requests to other hosts, which the editor makes on its own, such as for the sizes of missing
 models; `Editor` or ComfyUI's Content Security Policy stops them."""
 MARGIN = 30
@@ -90,9 +96,34 @@ class Editor:
         }"""
         return list(self.page.evaluate(script))
 
+    def saved(self) -> dict[str, Any]:
+        """The graph as the editor saves it."""
+        return dict(json.loads(self.page.evaluate("() => JSON.stringify(app.graph.serialize())")))
+
+    def widgets(self, kind: str) -> dict[str, Any]:
+        """Names and values of the widgets of the first node of a type."""
+        script = """kind => app.graph.nodes.find(node => node.type === kind).widgets.map(w => [w.name, w.value])"""
+        return dict(self.page.evaluate(script, kind))
+
     def prompt(self) -> dict[str, Any]:
         """What the editor would queue for the graph."""
         return dict(self.page.evaluate("async () => (await window.app.graphToPrompt()).output"))
+
+    def has_app_view(self) -> bool:
+        """Whether this editor has an app view with the inputs and outputs that a workflow names."""
+        script = "() => app.extensionManager.command.commands.some(c => c.id === 'Workspace.ToggleSidebarTab.apps')"
+        return bool(self.page.evaluate(script))
+
+    @contextmanager
+    def app_view(self) -> Iterator[list[str]]:
+        """The app view of the graph, with the names of what it asks for."""
+        toggle = "() => app.extensionManager.command.execute('Comfy.ToggleLinear')"
+        self.page.evaluate(toggle)
+        try:
+            self.page.get_by_test_id("linear-widgets").wait_for(timeout=WAIT)
+            yield self.page.get_by_test_id("builder-widget-label").all_inner_texts()
+        finally:
+            self.page.evaluate(toggle)
 
     def overlaps(self) -> list[tuple[str, str]]:
         """Pairs of nodes that lie over one another, by title."""

@@ -22,6 +22,8 @@ CARRIER_VERSIONS = {
     "0.18.2": "2.0.0",
     OLDEST: "1.0.0",
 }
+EDITOR = "COMFYUI_MOMA_EDITOR"
+"""Environment variable: a folder with the editor that the tests' servers show in place of ComfyUI's own."""
 
 
 class SetupError(Exception):
@@ -51,14 +53,20 @@ def own_comfyui() -> Path | None:
     return above if ROOT.parent.name == "custom_nodes" and _is_comfyui(above) else None
 
 
-def find_comfyui(version: str | None = None) -> Path:
-    """ComfyUI of this version, fetched if need be; without a version the user's own, else the newest.
+def find_comfyui(version: str | Path | None = None) -> Path:
+    """ComfyUI of this version, fetched if need be, or the one in this folder.
+
+    With neither it is the user's own, else the newest.
 
     Raises:
         SetupError: There is none, and it cannot be fetched.
     """
     if version is None and (own := own_comfyui()):
         return own
+    if isinstance(version, Path):
+        if not _is_comfyui(version):
+            raise SetupError(f"There is no ComfyUI in {version}.")
+        return version
     version = version or NEWEST
     if version not in CARRIER_VERSIONS:
         raise SetupError(f"ComfyUI {version} is not one of: {', '.join(CARRIER_VERSIONS)}.")
@@ -66,6 +74,20 @@ def find_comfyui(version: str | None = None) -> Path:
     if not _is_comfyui(target):
         _fetch_comfyui(version, target)
     return target
+
+
+def find_frontend(version: str) -> Path:
+    """The files of this version of ComfyUI's editor, for `--front-end-root`; fetched if need be.
+
+    Raises:
+        SetupError: It cannot be fetched.
+    """
+    folder = cache_dir() / f"frontend-{version}"
+    static = folder / "comfyui_frontend_package" / "static"
+    if not (static / "index.html").is_file():
+        install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target", folder]
+        run([*install, f"comfyui-frontend-package=={version}"], f"The editor {version} could not be downloaded.")
+    return static
 
 
 def run(command: Sequence[str | Path], failure: str) -> None:

@@ -74,8 +74,8 @@ def dev_requirements(pyproject: Path = ROOT / "pyproject.toml") -> list[str]:
     return [str(requirement) for requirement in ast.literal_eval(found[1])]
 
 
-def environment(version: str | None = None, pins: Sequence[str] = ()) -> Environment:
-    """This version of ComfyUI (as in `find_comfyui`) with a Python for it.
+def environment(version: str | Path | None = None, pins: Sequence[str] = ()) -> Environment:
+    """This version of ComfyUI, or the one in this folder (as in `find_comfyui`), with a Python for it.
 
     Args:
         pins: Further requirements, as in "transformers==4.50.3"; each set of them gets an environment of its own.
@@ -84,11 +84,10 @@ def environment(version: str | None = None, pins: Sequence[str] = ()) -> Environ
         SetupError: Something cannot be fetched or made.
     """
     comfyui = find_comfyui(version)
-    if version is None and comfyui == own_comfyui():
-        name = f"own-{_digest([str(comfyui)])[:8]}"
-        return Environment(
-            str(comfyui), comfyui, _own_python(comfyui) or ensure_venv(comfyui, name, dev_requirements())
-        )
+    if isinstance(version, Path) or (version is None and comfyui == own_comfyui()):
+        name = f"own-{_digest([str(comfyui), *pins])[:8]}"
+        python = None if pins else _own_python(comfyui)
+        return Environment(str(comfyui), comfyui, python or ensure_venv(comfyui, name, [*dev_requirements(), *pins]))
     name = "-".join([version or NEWEST, *(pin.replace("==", "-") for pin in pins)])
     return Environment(name, comfyui, ensure_venv(comfyui, name, [*dev_requirements(), *pins]))
 

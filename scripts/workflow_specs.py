@@ -10,11 +10,8 @@ CHECKPOINT = Model(
     "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/v1-5-pruned-emaonly-fp16.safetensors",
     "checkpoints",
 )
-ADAPTER = Model(
-    "MoMA_llava_7b/attn_adapters_projectors.th",
-    "https://huggingface.co/KunpengSong/MoMA_llava_7b/resolve/main/attn_adapters_projectors.th",
-    "moma",
-)
+ADAPTER = "MoMA_llava_7b/attn_adapters_projectors.th"
+"""Without an address: no editor downloads a `.th`, and that of ComfyUI 0.16 would call it missing even where it is."""
 OPENPOSE = Model(
     "control_v11p_sd15_openpose_fp16.safetensors",
     "https://huggingface.co/comfyanonymous/ControlNet-v1-1_fp16_safetensors/resolve/main/"
@@ -228,7 +225,13 @@ def prompts() -> Graph:
         ("A cup on a beach at sunset.", "A cup in the snow.", "A cup on a desk in a library."), 1
     ):
         encoded = graph.add(
-            "MoMATextEncode", 2, clip=base.clip, subject=base.subject, prompt=text, title=f"Prompt {number}", asks=("prompt",)
+            "MoMATextEncode",
+            2,
+            clip=base.clip,
+            subject=base.subject,
+            prompt=text,
+            title=f"Prompt {number}",
+            asks=("prompt",),
         )
         sampler = _sampler(base, (encoded.out("positive"), negative), 3, canvas, title=f"Picture {number}")
         decoded = graph.add("VAEDecode", 4, samples=sampler.out("LATENT"), vae=base.vae)
@@ -358,7 +361,7 @@ def _loaders(graph: Graph, mllm: bool = False, checkpoint: Node | None = None) -
     if mllm:
         named["mllm"] = graph.add("MoMALoadMLLM", 0, model_name="MoMA_llava_7b")
     own_id = None if mllm else 4
-    adapter = graph.add("MoMALoadAdapter", 0, id=own_id, adapter_name=ADAPTER.name, models=[ADAPTER])
+    adapter = graph.add("MoMALoadAdapter", 0, id=own_id, adapter_name=ADAPTER)
     outputs = (checkpoint.out("MODEL"), checkpoint.out("CLIP"), checkpoint.out("VAE"))
     return Base(graph, checkpoint, adapter, *outputs, named=named)
 

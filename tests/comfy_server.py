@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any
 
 import websocket
+from comfyui_source import EDITOR
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK_NAME = "ComfyUI-MoMA"
@@ -231,6 +232,8 @@ class ComfyServer:
         command += ["--listen", "127.0.0.1", "--port", str(self._port), "--disable-auto-launch", "--disable-api-nodes"]
         # Not in memory: there every thread of ComfyUI's has a database of its own, and all but one lack the tables.
         command += ["--database-url", f"sqlite:///{(self.base / 'comfyui.db').as_posix()}", *self._arguments]
+        if editor := os.environ.get(EDITOR):
+            command += ["--front-end-root", editor]
         with self.log_file.open("wb") as log:
             # Its own process group, so that it can be ended with all that it started.
             self._process = subprocess.Popen(

@@ -123,8 +123,10 @@ def test_notes_packs_and_downloads_are_in_the_files() -> None:
                 assert (properties["cnr_id"], properties["ver"]) == ("moma", version)
             for model in properties.get("models", []):
                 assert model["name"] in node["widgets_values"] and model["url"].endswith(model["name"].split("/")[-1])
+                # What the editor's list of files has: it calls others missing.
+                assert model["name"].endswith(".safetensors")
         with_models = {node["type"] for node in nodes if node["properties"].get("models")}
-        assert {"CheckpointLoaderSimple", "MoMALoadAdapter"} <= with_models
+        assert "CheckpointLoaderSimple" in with_models
 
 
 def test_the_workflows_pass_comfy_clis_validation(
