@@ -205,7 +205,7 @@ def test_a_missing_file_is_offered_for_download(server: ComfyServer, browser: An
             # ComfyUI 0.16's editor says it at once, later ones first show that something is missing.
             said = editor.page.get_by_text("Missing Models").first
             editor.page.get_by_text("View details").or_(said).first.click()
-            said.wait_for(timeout=20_000)
+            said.wait_for(timeout=WAIT)
             shown = editor.page.evaluate("() => document.body.innerText").split("Missing Models")[1]
             assert re.search(
                 r"birefnet\.safetensors\s+background_removal\s+Download"
