@@ -27,9 +27,11 @@ OLDEST_TRANSFORMERS = "4.50.3"
 
 @dataclass(frozen=True)
 class Combination:
-    """A ComfyUI version, and a transformers release; None for the newest that ComfyUI's requirements give.
+    """A ComfyUI and a transformers release.
 
     Attributes:
+        comfyui: A version, or what the table calls the ComfyUI in a folder.
+        transformers: None for the newest that ComfyUI's requirements give.
         folder: Where this ComfyUI lies; None for one that is fetched.
     """
 
