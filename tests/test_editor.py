@@ -75,24 +75,6 @@ def test_a_workflow_opens_as_it_was_meant(editor: Editor, name: str) -> None:
     assert editor.errors == []
 
 
-def test_the_app_view_shows_what_is_saved(editor: Editor) -> None:
-    """Of a graph that saves what it loads, as the view does not know where a picture came from."""
-    if not editor.has_app_view():
-        pytest.skip("this editor has no app view of chosen inputs and outputs")
-    content = workflow("new_context")
-    save, load = ({node["type"]: node for node in content["nodes"]}[kind] for kind in ("SaveImage", "LoadImage"))
-    (link,) = [link for link in content["links"] if link[3] == save["id"]]
-    link[1:3] = [load["id"], 0]
-    for node in content["nodes"]:
-        node["mode"] = RUNS if node in (save, load) else NEVER_RUNS
-    editor.load(content, "app")
-    with editor.app_view():
-        picture = editor.page.get_by_test_id("linear-center-panel").locator(f"img[src*='{SAVED}']").first
-        assert picture.count() == 0
-        editor.queue(WAIT)
-        picture.wait_for(timeout=WAIT)
-
-
 def test_the_blueprint_is_offered_and_opens(server: ComfyServer, editor: Editor) -> None:
     (entry,) = [e for e in json.loads(server.get("/global_subgraphs")).values() if "MoMA" in e["info"]["node_pack"]]
     assert entry["name"] == "MoMA personalize"
@@ -111,12 +93,12 @@ def test_the_blueprint_is_offered_and_opens(server: ComfyServer, editor: Editor)
 def test_the_blueprint_has_its_widgets_and_keeps_them(editor: Editor) -> None:
     """Opened as a file, changed, saved and opened again."""
     (path,) = (ROOT / "subgraphs").glob("*.json")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    (node,) = content["nodes"]
+    blueprint = json.loads(path.read_text(encoding="utf-8"))
+    (node,) = blueprint["nodes"]
     names = [entry["name"] for entry in node["inputs"] if "widget" in entry]
     values = dict(zip(names, node["widgets_values"], strict=True))
     editor.errors.clear()
-    editor.load(content, "blueprint")
+    editor.load(blueprint, "blueprint")
     assert editor.widgets(node["type"]) == values
     script = "() => { app.graph.nodes[0].widgets.find(w => w.name === 'prompt').value = 'A cup in the snow.' }"
     editor.page.evaluate(script)
@@ -125,6 +107,24 @@ def test_the_blueprint_has_its_widgets_and_keeps_them(editor: Editor) -> None:
     (extract,) = [n for n in editor.prompt().values() if n["class_type"] == "MoMAExtractSubject"]
     assert (extract["inputs"]["subject"], extract["inputs"]["prompt"]) == ("cup", "A cup in the snow.")
     assert editor.errors == []
+
+
+def test_the_app_view_shows_what_is_saved(editor: Editor) -> None:
+    """Of a graph that saves what it loads, as the view does not know where a picture came from."""
+    if not editor.has_app_view():
+        pytest.skip("this editor has no app view of chosen inputs and outputs")
+    graph = workflow("new_context")
+    save, load = ({node["type"]: node for node in graph["nodes"]}[kind] for kind in ("SaveImage", "LoadImage"))
+    (link,) = [link for link in graph["links"] if link[3] == save["id"]]
+    link[1:3] = [load["id"], 0]
+    for node in graph["nodes"]:
+        node["mode"] = RUNS if node in (save, load) else NEVER_RUNS
+    editor.load(graph, "app")
+    with editor.app_view():
+        picture = editor.page.get_by_test_id("linear-center-panel").locator(f"img[src*='{SAVED}']").first
+        assert picture.count() == 0
+        editor.queue(WAIT)
+        picture.wait_for(timeout=WAIT)
 
 
 def test_a_help_page_opens_with_its_picture(server: ComfyServer, browser: Any) -> None:
