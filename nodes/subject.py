@@ -112,13 +112,10 @@ class ExtractSubject(io.ComfyNode):
         references = prepare_references(image, mask, fit)
         spoken = plain_text(word), plain_text(prompt)  # emphasis is for CLIP; the MLLM reads words
         hidden_state = HiddenStateCache(folders.hidden_states()).hidden_state if cache else subject_hidden_state
-        try:
-            hidden = [
-                hidden_state(mllm, one, inside, *spoken)
-                for one, inside in zip(references.images.numpy(), references.masks.numpy(), strict=True)
-            ]
-        finally:
-            mllm.leave_device()
+        hidden = [
+            hidden_state(mllm, one, inside, *spoken)
+            for one, inside in zip(references.images.numpy(), references.masks.numpy(), strict=True)
+        ]
         embedding = torch.stack([adapter.map_hidden_state(one) for one in hidden]).mean(dim=0)
         if not embedding.isfinite().all():
             raise ValueError(f"mllm {mllm.name} gave NaN for this picture and prompt; choose precision bf16 or fp32.")

@@ -147,6 +147,12 @@ class ComfyServer:
         return self.log_file.read_text(encoding="utf-8", errors="replace")
 
     @property
+    def process_id(self) -> int:
+        """The running server's process."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def address(self) -> str:
         """Where its pages are."""
         return f"http://127.0.0.1:{self._port}"

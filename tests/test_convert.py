@@ -1,5 +1,6 @@
 """An MLLM as one file: what it holds, computes, survives, refuses; and what happens when the writing is broken off."""
 
+import gc
 import json
 import signal
 import subprocess
@@ -10,7 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import comfy.cli_args
 import comfy.model_management
+import comfy.utils
 import folder_paths
 import pytest
 import torch
@@ -18,6 +21,8 @@ from bootstrap import ROOT
 from comfyui_moma.moma_modules.comfy_bridge import folders
 from comfyui_moma.moma_modules.mllm.checkpoint import find_checkpoints, read_checkpoint
 from comfyui_moma.moma_modules.mllm.convert import PRECISIONS, convert_mllm
+from comfyui_moma.moma_modules.mllm.model import load_mllm, read_as_comfyui
+from comfyui_moma.moma_modules.mllm.weight_files import Reader, read_mapped
 from comfyui_moma.nodes.convert import ConvertMllm
 from comfyui_moma.nodes.loaders import LoadMllm
 from random_weights import llava_folder
@@ -398,21 +403,71 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+@pytest.mark.parametrize("read", [read_mapped, read_as_comfyui])
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_file_is_refused_by_name(target: Path, kind: str) -> None:
+def test_a_broken_file_is_refused_by_name(target: Path, kind: str, read: Reader) -> None:
     convert_mllm(CHECKPOINT, target, "int8", ignore)
     break_it, message = BROKEN[kind]
     break_it(target)
-    with pytest.raises(ValueError, match=rf"small\.safetensors.*{message}"):
-        read_checkpoint(target, 4)
+    with pytest.raises(ValueError, match=rf"(?s)small\.safetensors.*{message}"):
+        read_checkpoint(target, 4, read)
     find_checkpoints([target.parent])
+
+
+def mapped(path: Path) -> bool:
+    """Whether this process maps the file or one in the folder."""
+    return str(path) in Path("/proc/self/maps").read_text()
 
 
 def test_the_file_is_mapped_not_read(tmp_path: Path, target: Path) -> None:
     convert_mllm(llava_folder(tmp_path / "llava"), target, "keep", ignore)
     read = read_checkpoint(target)
-    assert str(target) in Path("/proc/self/maps").read_text()
+    assert mapped(target)
     assert read.language["norm.weight"].isfinite().all()
+
+
+@pytest.mark.parametrize("form", ["converted", "one .bin", ".safetensors in shards"])
+def test_files_are_mapped_unless_comfyui_was_told_not_to(
+    tmp_path: Path, target: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`DISABLE_MMAP` is what ComfyUI makes of --disable-mmap."""
+    assert comfy.cli_args.args.disable_mmap == comfy.utils.DISABLE_MMAP
+    path = llava_folder(tmp_path / "llava")
+    if form == "converted":
+        convert_mllm(path, target, "int8", ignore)
+        path = target
+    else:
+        FORMS[form](path, _shards(path))
+    for disabled in (True, False):
+        monkeypatch.setattr(comfy.utils, "DISABLE_MMAP", disabled)
+        loaded = load_mllm(path, "auto").loaded
+        assert mapped(path) != disabled
+        del loaded
+        gc.collect()
+    assert not mapped(path)
+
+
+@pytest.mark.parametrize("precision", ["keep", "fp8", "int8"])
+def test_weights_stay_what_comfyuis_loader_gave(
+    tmp_path: Path, target: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under dynamic VRAM it marks each storage with its place in the file, and reads from there to the card."""
+    convert_mllm(llava_folder(tmp_path / "llava"), target, precision, ignore)
+    load = comfy.utils.load_torch_file
+
+    def marking(*args: Any, **kwargs: Any) -> Any:
+        tensors, metadata = load(*args, **kwargs)
+        for tensor in tensors.values():
+            tensor.untyped_storage()._comfy_tensor_file_slice = tensor.nbytes
+        return tensors, metadata
+
+    monkeypatch.setattr(comfy.utils, "load_torch_file", marking)
+    module = load_mllm(target, "auto").loaded.module
+    large = {key: weight for key, weight in module.named_parameters() if weight.ndim == 2}
+    assert len(large) > 40
+    for key, weight in large.items():
+        assert getattr(weight.untyped_storage(), "_comfy_tensor_file_slice", None) == weight.nbytes, key
+        assert weight.storage_offset() == 0 and weight.is_contiguous(), key
 
 
 def _shards(folder: Path) -> dict[str, torch.Tensor]:

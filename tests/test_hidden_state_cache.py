@@ -65,6 +65,22 @@ def test_another_model_or_precision_is_computed(cache: HiddenStateCache, folder:
     assert ask(cache, load_mllm(llava_folder(tmp_path / "other", SMALL_LLAVA.with_layers(3)), "fp32"))[1]
 
 
+def test_results_of_another_format_are_not_used(
+    cache: HiddenStateCache, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Format 1 held what bf16 and fp16 gave while part of the forward ran in fp32."""
+    assert hidden_state_cache._FORMAT == "moma hidden state 2"
+    with monkeypatch.context() as earlier:
+        earlier.setattr(hidden_state_cache, "_FORMAT", "moma hidden state 1")
+        earlier.setattr(hidden_state_cache, "subject_hidden_state", lambda *_: torch.full((1, HIDDEN), 7.0))
+        kept, _ = ask(cache, load_mllm(folder, "bf16"))
+    assert kept.eq(7).all() and len(list(cache.folder.iterdir())) == 1
+    ours, loaded = ask(cache, load_mllm(folder, "bf16"))
+    assert loaded and not ours.eq(7).any()
+    assert len(list(cache.folder.iterdir())) == 2
+    assert torch.equal(ask(cache, load_mllm(folder, "bf16"))[0], ours)
+
+
 @pytest.mark.parametrize("damage", [b"", b"noise", None])
 def test_a_damaged_file_is_replaced(cache: HiddenStateCache, folder: Path, damage: bytes | None) -> None:
     expected, _ = ask(cache, load_mllm(folder))

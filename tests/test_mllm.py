@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import comfy.model_management
 import numpy as np
 import pytest
 import torch
+from bootstrap import AT_START
 from comfyui_moma.moma_modules.mllm.checkpoint import find_checkpoints
 from comfyui_moma.moma_modules.mllm.encode import subject_hidden_state
 from comfyui_moma.moma_modules.mllm.model import load_mllm
@@ -130,6 +132,13 @@ def test_code_in_a_shard_is_not_run(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"was refused: .*holds code instead of weights"):
         load(folder)
     assert not target.exists()
+
+
+def test_what_only_a_look_needs_is_not_imported_at_start() -> None:
+    hidden(load(CHECKPOINT))
+    needed = {f"transformers.models.{name}.modeling_{name}" for name in ("llama", "clip")}
+    assert needed <= set(sys.modules) and "comfyui_moma.nodes" in AT_START
+    assert not AT_START & {*needed, "bitsandbytes"}
 
 
 def test_old_style_shards_load_alike(folder: Path) -> None:

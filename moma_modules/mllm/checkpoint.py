@@ -29,7 +29,7 @@ from .shapes import (
     read_vision_shape,
     vision_layers,
 )
-from .weight_files import incomplete, missing_files, read_folder_weights, read_json, read_safetensors, weight_files
+from .weight_files import Reader, incomplete, missing_files, read_folder_weights, read_json, read_mapped, weight_files
 
 TOKENIZER = "tokenizer.model"
 FORMAT, FORMAT_VERSION = "moma_mllm", "1"
@@ -56,7 +56,7 @@ _UNUSED_SUFFIXES = (".rotary_emb.inv_freq", ".embeddings.position_ids")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A read and checked checkpoint. Tensors are memory-mapped where the files allow it.
+    """A read and checked checkpoint.
 
     Attributes:
         config: The content of config.json.
@@ -120,17 +120,18 @@ def checkpoint_files(path: Path) -> list[Path]:
     return sorted(file for file in path.iterdir() if file.is_file() and file.suffix in SUFFIXES)
 
 
-def read_checkpoint(path: Path, vision_heads: int | None = None) -> Checkpoint:
+def read_checkpoint(path: Path, vision_heads: int | None = None, read: Reader = read_mapped) -> Checkpoint:
     """Read and check a folder or a converted file.
 
     Args:
         vision_heads: Attention heads of the vision tower; CLIP's rule, width / 64, where None.
+        read: How weight files are read. Mapped, only what is looked at is read from the disk.
 
     Raises:
         ValueError: A file is missing, truncated or of another kind, or a weight is missing, not known, or of a wrong
             shape or dtype. The message names it.
     """
-    config, tokenizer, weights = _read_converted(path) if path.is_file() else _read_folder(path)
+    config, tokenizer, weights = _read_converted(path, read) if path.is_file() else _read_folder(path, read)
     language_shape = read_language_shape(config, path)
     if tokenizer.vocab_size() > language_shape.vocabulary:
         raise ValueError(
@@ -171,18 +172,18 @@ def _is_llava(config: Path) -> bool:
     return isinstance(content, dict) and "mm_projector_type" in content
 
 
-def _read_folder(folder: Path) -> tuple[dict[str, Any], SentencePieceProcessor, dict[str, Tensor]]:
+def _read_folder(folder: Path, read: Reader) -> tuple[dict[str, Any], SentencePieceProcessor, dict[str, Tensor]]:
     config = read_json(folder / CONFIG)
     path = folder / TOKENIZER
     if not path.is_file():
         raise ValueError(incomplete(folder, [TOKENIZER]))
     tokenizer = _tokenizer(path.read_bytes(), path)
-    tensors = {key: value for key, value in read_folder_weights(folder).items() if not _is_unused(key)}
+    tensors = {key: value for key, value in read_folder_weights(folder, read).items() if not _is_unused(key)}
     return config, tokenizer, {_canonical(key, folder): value for key, value in tensors.items()}
 
 
-def _read_converted(path: Path) -> tuple[dict[str, Any], SentencePieceProcessor, dict[str, Tensor]]:
-    tensors, metadata = read_safetensors(path)
+def _read_converted(path: Path, read: Reader) -> tuple[dict[str, Any], SentencePieceProcessor, dict[str, Tensor]]:
+    tensors, metadata = read(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a converted MoMA MLLM (format {metadata.get('format')!r}).")
     if metadata.get("version") != FORMAT_VERSION:
