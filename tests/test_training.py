@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comfyui_moma.training import data, diffusion, vae, words
+from comfyui_moma.training import data, diffusion, eye, language, vae, words
 from comfyui_moma.training.loop import Plan, Training
 from comfyui_moma.training.painter import paint
 from comfyui_moma.training.world import CLASSES, HELD_OUT_PLACES, MATERIALS, PLACES, draw_scene, draw_subject
@@ -46,6 +46,7 @@ def test_training_sees_no_held_out_subject_and_no_held_out_pair() -> None:
     assert not any(scene.subject.held_out for scene in scenes)
     assert not any(scene.place == HELD_OUT_PLACES[scene.subject.name] for scene in scenes)
     assert all(data.scene_of(2 * i).subject == data.scene_of(2 * i + 1).subject for i in range(50))
+    assert not any(data.scene_of(2 * i).material for i in range(200))  # A reference shows the subject as it is.
     assert {scene.place for scene in scenes} == {None, *PLACES}
     held_out = draw_subject(random.Random(1), "cup", held_out=True)
     assert held_out.held_out and held_out.kind not in {scene.subject.kind for scene in scenes}
@@ -144,3 +145,52 @@ def test_the_schedule_is_the_stock_one() -> None:
     scaled = diffusion.noised(clean, steps, noise) / shares[steps].sqrt().view(-1, 1, 1, 1)
     sigmas = stock.sigmas[steps].view(-1, 1, 1, 1)
     assert torch.allclose(scaled, clean + sigmas * noise, rtol=1e-4)
+
+
+def test_the_eye_learns_what_is_seen_and_ignores_colours_under_a_material() -> None:
+    torch.manual_seed(0)
+    model = eye.Eye()
+    scenes = [data.scene_of(number) for number in range(16)]
+    pictures = torch.stack([data.to_tensor(paint(scene)[0]) for scene in scenes])
+    names = torch.tensor([eye.names_of(scene) for scene in scenes])
+    numbers = torch.tensor([eye.numbers_of(scene) for scene in scenes])
+    assert numbers.abs().max() <= 1
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    losses = []
+    for _ in range(12):
+        loss = eye.loss_of_reading(model, model(pictures), names, numbers)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0]
+    vectors = model(pictures).detach()
+    assert torch.allclose(vectors.std(dim=1, correction=0), torch.ones(16), atol=1e-2)
+    made = [i for i, scene in enumerate(scenes) if scene.material]
+    recoloured = numbers.clone()
+    recoloured[made, :9] = -recoloured[made, :9]
+    assert made and not torch.equal(recoloured, numbers)
+    before, after = (eye.loss_of_reading(model, vectors, names, values) for values in (numbers, recoloured))
+    assert torch.equal(before, after)
+
+
+def test_a_step_of_the_language_model_reaches_every_weight_and_reads_picture_word_and_prompt() -> None:
+    from sentencepiece import SentencePieceProcessor
+
+    torch.manual_seed(0)
+    model = language.SubjectReader()
+    tokenizer = SentencePieceProcessor(model_proto=language.tokenizer_file())
+    assert (tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id()) == (0, 1, 2)
+    pixels = [language.reference_pixels(*paint(data.scene_of(number))) for number in (0, 2)]
+    asked = [("cup", "A cup on the moon."), ("cup", "A cup in a forest."), ("mug", "A cup on the moon.")]
+    ids = [language.prompt_ids(tokenizer, *words_) for words_ in asked]
+    with torch.no_grad():
+        first, other_prompt, other_word = model(torch.stack([pixels[0]] * 3), ids)
+        alone = model(pixels[0][None], ids[:1])[0]
+        other_picture = model(pixels[1][None], ids[:1])[0]
+    assert torch.allclose(first, alone, atol=1e-5)  # Padding of a batch is not seen.
+    for other in (other_prompt, other_word, other_picture):
+        assert float((first - other).norm() / first.norm()) > 1e-4
+    model(torch.stack(pixels), ids[:2]).square().mean().backward()
+    lacking = [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
+    assert not lacking, lacking

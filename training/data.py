@@ -1,4 +1,7 @@
-"""The pictures that training sees: number n is the same everywhere, and numbers 2i and 2i+1 show one subject."""
+"""The pictures that training sees: number n is the same everywhere.
+
+Numbers 2i and 2i+1 show one subject: as it is, for a reference, and in another place or made of something.
+"""
 
 import random
 from collections.abc import Iterator
@@ -14,7 +17,8 @@ from .words import caption
 from .world import MATERIALS, Scene, draw_scene, draw_subject, trained_places
 
 PAPER_SHARE = 0.12
-MATERIAL_SHARE = 0.25
+MATERIAL_SHARE = 0.4
+"""Of the pictures with odd numbers."""
 
 
 def scene_of(number: int) -> Scene:
@@ -22,7 +26,7 @@ def scene_of(number: int) -> Scene:
     subject = draw_subject(random.Random(f"subject {number // 2}"))
     rng = random.Random(f"scene {number}")
     place = None if rng.random() < PAPER_SHARE else rng.choice(trained_places(subject.name))
-    material = rng.choice(MATERIALS) if rng.random() < MATERIAL_SHARE else None
+    material = rng.choice(MATERIALS) if number % 2 and rng.random() < MATERIAL_SHARE else None
     return draw_scene(rng, subject, place, material)
 
 

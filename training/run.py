@@ -37,7 +37,7 @@ def main() -> None:
     args.use_pytorch_cross_attention = True  # What ComfyUI takes on a CPU is slower in training.
     bootstrap()
     import torch
-    from comfyui_moma.training import diffusion, vae
+    from comfyui_moma.training import diffusion, eye, language, vae
     from comfyui_moma.training.latents import Latents
 
     torch.set_num_threads(options.threads)
@@ -55,6 +55,12 @@ def main() -> None:
     latents.encode(autoencoder, device)
     if not (folder / "diffusion" / "diffusion.pt").is_file():
         diffusion.train(folder / "diffusion", latents, autoencoder, device, shortened(diffusion.PLAN))
+    if not (folder / "eye" / "eye.pt").is_file():
+        eye.train(folder / "eye", device, shortened(eye.PLAN))
+    seeing = eye.Eye().to(device).eval().requires_grad_(False)
+    seeing.load_state_dict(torch.load(folder / "eye" / "eye.pt", map_location=device, weights_only=True))
+    if not (folder / "language" / "language.pt").is_file():
+        language.train(folder / "language", seeing, device, shortened(language.PLAN))
 
 
 if __name__ == "__main__":
