@@ -1,7 +1,7 @@
 """mllm: loading the language model and one look at a picture, per precision.
 
 On a CPU the full-size model is measured with one and with five of its language layers, and extrapolated to all; in fp32
-and in what `auto` computes in there.
+and bf16, which `auto` chooses between there.
 """
 
 import re
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
     from random_weights import LlavaSize
 
 BASELINE = "fp32"
+ON_A_CPU = (BASELINE, "bf16")
+"""In what the full-size model is measured there."""
+
 FEW, MORE = 1, 5
 _CASE = re.compile(r"(?P<precision>.+) (?P<size>small|full|\d+ layers)")
 
 
-def processes(precisions: list[str], auto: str, full: bool, cuda: bool) -> list[list[str]]:
-    """Cases `PRECISION SIZE`, by the process they run in: the small model's in one, every other in its own.
-
-    Args:
-        auto: What `auto` computes in on this CPU.
-    """
+def processes(precisions: list[str], full: bool, cuda: bool) -> list[list[str]]:
+    """Cases `PRECISION SIZE`, by the process they run in: the small model's in one, every other in its own."""
     small = [f"{precision} small" for precision in precisions]
     sizes = (["full"] if cuda else [f"{FEW} layers", f"{MORE} layers"]) if full else []
-    sized = precisions if cuda else [name for name in precisions if name in (BASELINE, auto)]
+    sized = precisions if cuda else [name for name in precisions if name in ON_A_CPU]
     return [small, *([f"{precision} {size}"] for size in sizes for precision in sized)]
 
 
 def measure(session: Session, case: str) -> dict[str, Any]:
-    """`load_s`, `forward_s`, `peak_mb`; `flops` of the forward's products, `flops_per_s` of such a product alone.
+    """`load_s`, `forward_s`, `peak_mb`; `flops` of the forward's products, `flops_per_s` of such a product alone, and
+    `computed_in`, the dtype that the last matrix was given.
 
     Or `refused`, the message, where a precision needs what is not there.
     """
@@ -72,7 +72,7 @@ def result(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {size: _against_baseline(found) for size, found in sizes.items()}
 
 
-def _times(folder: Path, size: "LlavaSize", precision: str, rounds: int) -> dict[str, float]:
+def _times(folder: Path, size: "LlavaSize", precision: str, rounds: int) -> dict[str, Any]:
     from comfyui_moma.moma_modules.mllm.encode import subject_hidden_state
     from comfyui_moma.moma_modules.mllm.model import load_mllm
 
@@ -90,7 +90,10 @@ def _times(folder: Path, size: "LlavaSize", precision: str, rounds: int) -> dict
         look()
         first = time.perf_counter() - start
         peak = meter.peak_mb() - before
-        flops = matrix_flops(look)
+        given: list[torch.dtype] = []
+        last = mllm.loaded.module.language.layers[-1].mlp.down_proj
+        with last.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].dtype)):
+            flops = matrix_flops(look)
         forward, speed = [], []
         for _ in range(rounds):  # by turns, so that a slow moment hits both
             forward.append(seconds_of(look))
@@ -101,6 +104,7 @@ def _times(folder: Path, size: "LlavaSize", precision: str, rounds: int) -> dict
         "peak_mb": peak,
         "flops": flops,
         "flops_per_s": median(speed),
+        "computed_in": str(given[0]).removeprefix("torch."),
     }
 
 
@@ -121,7 +125,8 @@ def _extrapolated(few: dict[str, dict[str, Any]], more: dict[str, dict[str, Any]
         grown = {
             name: first[name] + layers * (second[name] - first[name]) for name in ("forward_s", "peak_mb", "flops")
         }
-        return {**grown, "flops_per_s": max(first["flops_per_s"], second["flops_per_s"])}
+        fastest = max(first["flops_per_s"], second["flops_per_s"])
+        return {**grown, "flops_per_s": fastest, "computed_in": second["computed_in"]}
 
     return {precision: at_full(found, more[precision]) for precision, found in few.items()}
 
@@ -133,9 +138,10 @@ def _against_baseline(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     figures: dict[str, Any] = {
         figure: {BASELINE: base, **{name: ran[name][figure] / base for name in ran if name != BASELINE}}
         for figure, base in ran[BASELINE].items()
-        if not figure.startswith("flops")
+        if not figure.startswith("flops") and figure != "computed_in"
     }
     arithmetic = {name: values["flops"] / values["flops_per_s"] for name, values in ran.items()}
     figures["arithmetic_s"] = arithmetic
     figures["forward_over_arithmetic"] = {name: ran[name]["forward_s"] / arithmetic[name] for name in ran}
+    figures["computed_in"] = {name: values["computed_in"] for name, values in ran.items()}
     return {**figures, "refused": refused} if refused else figures

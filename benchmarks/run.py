@@ -79,7 +79,7 @@ def run_inside(options: argparse.Namespace) -> dict[str, Any]:
     first = work(options, [(part, "all") for part in shared])
     processes = {
         "compile": [list(PARTS["compile"].CASES)],
-        "mllm": PARTS["mllm"].processes(first["precisions"], first["auto"], plan.mllm_full, torch.cuda.is_available()),
+        "mllm": PARTS["mllm"].processes(first["precisions"], plan.mllm_full, torch.cuda.is_available()),
         "memory": [[case] for case in plan.memory_cases],
         "leak": [list(PARTS["leak"].CASES)],
     }

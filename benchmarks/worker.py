@@ -22,11 +22,8 @@ def start_comfyui() -> None:
 
 
 def measured(plan_name: str, moma_repo: Path | None, cases: list[list[str]]) -> dict[str, Any]:
-    """What every [part, case] gives, with the machine, the precisions that the language model can have, and which of
-    them `auto` computes in on this CPU.
-    """
+    """What every [part, case] gives, with the machine and the precisions that the language model can have."""
     import torch
-    from comfyui_moma.moma_modules.mllm.precision import fastest_cpu_dtype
     from comfyui_moma.nodes.loaders import LoadMllm
     from machine import machine
     from parts import PARTS
@@ -39,8 +36,7 @@ def measured(plan_name: str, moma_repo: Path | None, cases: list[list[str]]) -> 
         found.setdefault(part, {})[case] = PARTS[part].measure(session, case)
     precision = next(item for item in LoadMllm.define_schema().inputs if item.id == "precision")
     precisions = [name for name in precision.options if name != "auto"]
-    auto = "bf16" if fastest_cpu_dtype()[0] == torch.bfloat16 else "fp32"
-    return {"machine": machine(session.dtype), "precisions": precisions, "auto": auto, "found": found}
+    return {"machine": machine(session.dtype), "precisions": precisions, "found": found}
 
 
 def main() -> None:

@@ -103,10 +103,15 @@ class Adapter:
         """The weights. Compute with them only while the patcher is loaded."""
         return self.patcher.model
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are brought to compute: not always the device of the MODEL that it is applied to."""
+        return self.patcher.load_device
+
     def map_hidden_state(self, hidden: Tensor) -> Tensor:
         """MLLM hidden state [1, hidden] to subject embedding [1, embedding], both float32 on the CPU."""
         comfy.model_management.load_models_gpu([self.patcher])
-        return self.module.mapping(hidden.to(self.patcher.load_device, torch.float32)).to("cpu", torch.float32)
+        return self.module.mapping(hidden.to(self.device, torch.float32)).to("cpu", torch.float32)
 
 
 def load_adapter(path: Path) -> Adapter:
@@ -115,7 +120,14 @@ def load_adapter(path: Path) -> Adapter:
     Raises:
         ValueError: The file is not a complete adapter, see `read_adapter`.
     """
-    return adapter_from_weights(read_adapter(path), path.name)
+    adapter = adapter_from_weights(read_adapter(path), path.name)
+    # When ComfyUI puts a MODEL on another device, it makes this model anew for that device as well.
+    adapter.patcher.cached_patcher_init = (_patcher_from_file, (path,))
+    return adapter
+
+
+def _patcher_from_file(path: Path) -> comfy.model_patcher.ModelPatcher:
+    return load_adapter(path).patcher
 
 
 def adapter_from_weights(weights: AdapterWeights, name: str) -> Adapter:

@@ -90,22 +90,13 @@ def convert_adapter(source: Path, target: Path) -> AdapterWeights:
     return weights
 
 
-def is_adapter_safetensors(path: Path) -> bool:
-    """Whether a `.safetensors` file's header looks like an adapter (only the header is read)."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return "projectors.proj.weight" in names
-    except (SafetensorError, OSError):
-        return False
-
-
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             # A checkpoint of many gigabytes is refused by its names, before it is read.
             sources = _sources(file.keys(), path)
-            return _usable({key: file.get_tensor(name) for key, name in sources.items()}, path)
+            # Copied: what stays mapped keeps the file from being replaced on Windows.
+            return _usable({key: file.get_tensor(name).clone() for key, name in sources.items()}, path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable .safetensors file: {error}") from error
 

@@ -38,12 +38,13 @@ def _seen(pixels: np.ndarray, inside: np.ndarray) -> Tensor:
 
 def coverage(masks: Tensor) -> str:
     """How much of the pictures a subject's masks [N, H, W] bool take, with advice where that is unlikely meant."""
-    share = masks.float().mean().item()
-    text = f"The mask covers {share:.0%} of the picture."
-    if share > 0.95:
-        return f"{text} That is nearly all: paint the subject alone, or remove the background."
-    if share < 0.02:
-        return f"{text} That is hardly anything: is the whole subject painted?"
+    shares = masks.flatten(1).float().mean(dim=1).tolist()
+    each = ", ".join(f"{share:.0%}" for share in shares)
+    text = f"The mask covers {each} of the picture." if len(shares) == 1 else f"The masks cover {each} of the pictures."
+    if max(shares) > 0.95:
+        text += " That is nearly all: paint the subject alone, or remove the background."
+    if min(shares) < 0.02:
+        text += " That is hardly anything: is the whole subject painted?"
     return text
 
 

@@ -7,6 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .reference_content import check_content, check_range
+from .reference_mask import DEFAULT_THRESHOLD, CutMask, covers_border, cut_mask, mask_from_alpha, mask_notes
+
 SIZE = 512
 FITS = ("squash", "pad", "crop")
 """How a non-square reference becomes square. The released code squashes."""
@@ -14,50 +17,87 @@ FITS = ("squash", "pad", "crop")
 
 @dataclass(frozen=True)
 class References:
-    """N reference pictures: `images` [N, 512, 512, 3] uint8, `masks` [N, 512, 512] bool."""
+    """N reference pictures.
+
+    Attributes:
+        images: [N, 512, 512, 3] uint8.
+        masks: [N, 512, 512] bool, True on the subject.
+        notes: What the user should know of how they were made, a sentence or two each.
+    """
 
     images: Tensor
     masks: Tensor
+    notes: tuple[str, ...] = ()
 
 
-def prepare_references(image: Tensor, mask: Tensor | None, fit: str = "squash") -> References:
+def prepare_references(
+    image: Tensor, mask: Tensor | None, fit: str = "squash", threshold: float = DEFAULT_THRESHOLD
+) -> References:
     """Make the references from an IMAGE and a MASK.
 
     Args:
         image: [N, H, W, C] or [H, W, C] in 0..1; C may be 1 (grey), 2 (grey, alpha), 3 or 4 (RGBA).
-        mask: [N, h, w] or [h, w] in 0..1, 1 on the subject, of any size (it is stretched over the image). None: the
-            image's alpha channel if it has one, else the whole picture.
+        mask: [N, h, w] or [h, w], 1 on the subject, of any size (it is stretched over the image). One mask is used for
+            every picture; several masks of one picture are taken together. None: the image's alpha channel if it has
+            one (see `mask_from_alpha`), else the whole picture.
         fit: One of `FITS`: "squash" ignores the aspect ratio, "pad" adds white, "crop" cuts around the subject.
+        threshold: Where soft masks are cut, see `cut_mask`.
 
     Raises:
-        ValueError: Naming the input: no picture, another number of masks than of pictures, a wrong shape, NaN, or an
-            empty mask.
+        ValueError: Naming the input: no picture, numbers of masks and of pictures that do not fit, a wrong shape, NaN,
+            another scale than 0..1, an empty mask, or a subject in which there is only black.
     """
     if fit not in FITS:
         raise ValueError(f"fit is {fit!r}; choose one of {', '.join(FITS)}.")
     pictures = _pictures(image)
-    masks = [None] * len(pictures) if mask is None else _masks(mask, len(pictures))
-    squares = [_square(one, stencil, fit) for one, stencil in zip(pictures, masks, strict=True)]
-    empty = [i for i, (_, inside) in enumerate(squares) if not inside.any()]
-    if empty:
-        which = "" if len(squares) == 1 else f" for picture {empty[0] + 1} of {len(squares)}"
-        raise ValueError(
-            f"mask is empty{which}: no pixel is marked as the subject. Paint the subject in the mask editor, or "
-            "connect a background-removal mask. (Load Image gives an all-black mask for a picture without "
-            "transparency; for a cut-out PNG, invert its mask: there 1 is the transparent part.)"
-        )
+    masks, notes = ([None] * len(pictures), []) if mask is None else _masks(mask, len(pictures))
+    squares, said = [], []
+    for i, (pixels, own) in enumerate(zip(pictures, masks, strict=True)):
+        which = "" if len(pictures) == 1 else f" for picture {i + 1} of {len(pictures)}"
+        colours, cut, marked_by, about = _subject(pixels, own, threshold, which)
+        square = _square(colours, cut.stencil, fit)
+        _refuse_empty(square[1], which)
+        blank = check_content(colours, cut, marked_by, which)
+        squares.append(square)
+        said.append(about if blank is None else [blank, *about])
     images, insides = (torch.from_numpy(np.stack(part)) for part in zip(*squares, strict=True))
-    return References(images, insides)
+    return References(images, insides, (*notes, *_together(said)))
 
 
-def _square(pixels: Tensor, mask: np.ndarray | None, fit: str) -> tuple[np.ndarray, np.ndarray]:
-    """One picture [H, W, C] and its mask [h, w] uint8 to [512, 512, 3] uint8 and [512, 512] bool."""
-    colours, alpha = _split_alpha(pixels)
-    chosen = alpha if mask is None else mask
-    picture = Image.fromarray(colours, "RGB")
-    if chosen is None:
-        chosen = np.full(colours.shape[:2], 255, np.uint8)
-    stencil = Image.fromarray(chosen, "L")
+def _subject(
+    pixels: Tensor, mask: Tensor | None, threshold: float, which: str
+) -> tuple[np.ndarray, CutMask, str, list[str]]:
+    """One picture [H, W, C] and its mask [h, w].
+
+    Returns:
+        Its colours [H, W, 3] uint8, the mask after the cut, what that is from (see `WAYS_OUT`), what to say of it.
+    """
+    colours = _bytes(pixels[..., :1].expand(-1, -1, 3) if pixels.shape[2] < 3 else pixels[..., :3])
+    alpha = pixels[..., -1] if pixels.shape[2] in (2, 4) else None
+    if mask is not None:
+        cut = cut_mask(mask, threshold)
+        notes = mask_notes(cut, colours.shape[:2])
+        if alpha is not None and float(alpha.min()) < 1:
+            notes.append("The picture's transparency is not used, since a mask is connected.")
+        return colours, cut, "background" if covers_border(cut.stencil > 0) else "mask", notes
+    if alpha is None:
+        return colours, cut_mask(torch.ones(colours.shape[:2])), "nothing", []
+    chosen, notes = mask_from_alpha(alpha, which)
+    return colours, cut_mask(chosen, threshold), "alpha" if notes else "nothing", notes
+
+
+def _together(said: list[list[str]]) -> list[str]:
+    """What is said of each picture, each note once; which pictures it is about unless it is about all."""
+    notes = []
+    for note in dict.fromkeys(note for about in said for note in about):
+        numbers = [str(i + 1) for i, about in enumerate(said) if note in about]
+        notes.append(note if len(numbers) == len(said) else f"Picture {', '.join(numbers)}: {note}")
+    return notes
+
+
+def _square(colours: np.ndarray, mask: np.ndarray, fit: str) -> tuple[np.ndarray, np.ndarray]:
+    """One picture [H, W, 3] and its mask [h, w], both uint8, to [512, 512, 3] uint8 and [512, 512] bool."""
+    picture, stencil = Image.fromarray(colours, "RGB"), Image.fromarray(mask, "L")
     if fit != "squash":
         stencil = stencil.resize(picture.size, Image.Resampling.BILINEAR)
         picture, stencil = (_pad if fit == "pad" else _crop)(picture, stencil)
@@ -67,24 +107,42 @@ def _square(pixels: Tensor, mask: np.ndarray | None, fit: str) -> tuple[np.ndarr
     return square, inside
 
 
+def _refuse_empty(inside: np.ndarray, which: str) -> None:
+    if not inside.any():
+        raise ValueError(
+            f"mask is empty{which}: no pixel is marked as the subject. Paint the subject in the mask editor, or "
+            "connect a background-removal mask. (Load Image gives an all-black mask for a picture without "
+            "transparency; for a cut-out PNG, invert its mask: there 1 is the transparent part.)"
+        )
+
+
 def _pictures(image: Tensor) -> list[Tensor]:
     batch = image[None] if image.ndim == 3 else image
     if batch.ndim != 4 or batch.shape[3] not in (1, 2, 3, 4) or 0 in batch.shape:
         raise ValueError(f"image has shape {tuple(image.shape)}; expected [pictures, height, width, 1 to 4 channels].")
-    return list(_finite(batch, "image"))
+    batch = _finite(batch, "image")
+    check_range(batch)
+    return list(batch)
 
 
-def _masks(mask: Tensor, pictures: int) -> list[np.ndarray]:
+def _masks(mask: Tensor, pictures: int) -> tuple[list[Tensor | None], list[str]]:
+    """A mask [h, w] for each picture, and what to say where their numbers differ."""
     batch = mask[:, 0] if mask.ndim == 4 and mask.shape[1] == 1 else mask
     batch = batch[None] if batch.ndim == 2 else batch
     if batch.ndim != 3 or 0 in batch.shape:
         raise ValueError(f"mask has shape {tuple(mask.shape)}; expected [masks, height, width].")
-    if batch.shape[0] != pictures:
-        raise ValueError(
-            f"mask holds {batch.shape[0]} mask(s), image {pictures} picture(s); each reference picture needs its own. "
-            "Pictures with masks of their own can be extracted one by one and joined with Combine MoMA Subjects."
-        )
-    return [_bytes(one) for one in _finite(batch, "mask")]
+    batch = _finite(batch, "mask")
+    count = len(batch)
+    if count == pictures:
+        return list(batch), []
+    if count == 1:
+        return [batch[0]] * pictures, [f"The one mask is used for each of the {pictures} pictures."]
+    if pictures == 1:
+        return [batch.amax(dim=0)], [f"The subject is what the {count} masks mark together."]
+    raise ValueError(
+        f"mask holds {count} masks, image {pictures} pictures; connect one mask for each picture, or one for all. "
+        "Pictures with masks of their own can also be extracted one by one and joined with Combine MoMA Subjects."
+    )
 
 
 def _finite(values: Tensor, name: str) -> Tensor:
@@ -96,13 +154,6 @@ def _finite(values: Tensor, name: str) -> Tensor:
 
 def _bytes(values: Tensor) -> np.ndarray:
     return (values.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-
-
-def _split_alpha(pixels: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
-    channels = pixels.shape[2]
-    alpha = _bytes(pixels[..., -1]) if channels in (2, 4) else None
-    colours = pixels[..., :1].expand(-1, -1, 3) if channels < 3 else pixels[..., :3]
-    return _bytes(colours), alpha
 
 
 def _pad(picture: Image.Image, stencil: Image.Image) -> tuple[Image.Image, Image.Image]:

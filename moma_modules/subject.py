@@ -1,7 +1,7 @@
 """A subject: what MoMA knows of the thing in the reference image, and its file."""
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .comfy_bridge.run_log import RunLog
 from .reference_image import SIZE
 
 FORMAT = "moma_subject"
@@ -30,6 +31,8 @@ class Subject:
         images: References [N, 512, 512, 3] uint8, background included.
         masks: [N, 512, 512] bool, True on the subject.
         adapter_identity: Content hash of the adapter whose mapping made the embedding.
+        draw: What decided the choices in its texts (`choices.py`), for those of its prompts; empty if it had none.
+        runs: The masks of runs with this subject, of this process.
     """
 
     embedding: Tensor
@@ -38,6 +41,8 @@ class Subject:
     images: Tensor
     masks: Tensor
     adapter_identity: str
+    draw: str = ""
+    runs: RunLog = field(default_factory=RunLog, init=False, compare=False, repr=False)
 
     @cached_property
     def key(self) -> str:
@@ -119,7 +124,8 @@ def load_subject(path: Path) -> Subject:
             metadata = file.metadata() or {}
             _check_format(metadata, path)
             _check_shapes(file, path)
-            embedding, images, masks = (file.get_tensor(name) for name in NAMES)
+            # Copied: what stays mapped keeps the file from being replaced on Windows.
+            embedding, images, masks = (file.get_tensor(name).clone() for name in NAMES)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable saved subject: {error}") from error
     if not embedding.isfinite().all():

@@ -8,7 +8,7 @@ from .convert import ConvertMllm
 from .loaders import LoadAdapter, LoadMllm
 from .mask import SubjectMask
 from .patches import ApplyAdapter, SelfAttnShortcut
-from .study import ContactSheet, StrengthStudy
+from .study import ContactSheet, ListItem, StrengthStudy
 from .subject import CombineSubjects, ExtractSubject, LoadSubject, SaveSubject
 
 NODES: list[type[io.ComfyNode]] = [
@@ -26,6 +26,7 @@ NODES: list[type[io.ComfyNode]] = [
     LoadSubject,
     StrengthStudy,
     ContactSheet,
+    ListItem,
 ]
 
 

@@ -4,7 +4,8 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..moma_modules.comfy_bridge.editor import show_text
+from ..moma_modules.choices import choose, fingerprint, has_choice
+from ..moma_modules.comfy_bridge.editor import run_id, show_text, warn
 from ..moma_modules.comfy_bridge.text import EncodedPrompt, encode_prompt, mark_subject
 from ..moma_modules.subject import Subject
 from ..moma_modules.subject_tokens import PROMPT_TEMPLATE
@@ -31,7 +32,7 @@ class TextEncode(io.ComfyNode):
                     multiline=True,
                     default="",
                     tooltip="Empty: the prompt that the subject was extracted for. Another text works too, and saves a "
-                    "run of the MLLM, but follows the prompt less closely.",
+                    "run of the MLLM, but follows the prompt less closely. Of {beach|city}, each run takes one.",
                 ),
                 io.String.Input(
                     "template",
@@ -49,8 +50,14 @@ class TextEncode(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, prompt: str | None, template: str | None, **_: Any) -> str:
+        return fingerprint(prompt, template)
+
+    @classmethod
     def execute(cls, clip: Any, subject: Subject, prompt: str, template: str) -> io.NodeOutput:
-        return _shown(encode_prompt(clip, subject, prompt.strip() or subject.prompt, template))
+        draw = subject.draw or run_id()
+        prompt = choose(prompt.strip(), draw) or subject.prompt
+        return _shown(encode_prompt(clip, subject, prompt, choose(template, draw)))
 
 
 class MarkSubject(io.ComfyNode):
@@ -86,9 +93,16 @@ class MarkSubject(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip: Any, subject: Subject, conditioning: list, text: str) -> io.NodeOutput:
+        if has_choice(text):
+            warn(
+                "MoMA: the text of MoMA Mark Subject holds a choice {a|b}, and the node that encoded it took one of "
+                "its own. Connect the text output of MoMA Text Encode instead of writing the text again."
+            )
         return _shown(mark_subject(clip, subject, conditioning, text))
 
 
 def _shown(encoded: EncodedPrompt) -> io.NodeOutput:
     show_text(encoded.shown)
+    if not encoded.found:
+        warn(encoded.shown)
     return io.NodeOutput(encoded.conditioning, encoded.text, ui=ui.PreviewText(encoded.shown))

@@ -7,7 +7,8 @@ from comfy_api.latest import io, ui
 from torch.nn.functional import interpolate
 
 from ..moma_modules.comfy_bridge.patching import settings_of
-from ..moma_modules.comfy_bridge.run_log import FinishedRun
+from ..moma_modules.comfy_bridge.run_log import CAPACITY, MOST_RUNS, FoundRun
+from ..moma_modules.comfy_bridge.settings import Settings
 from ..moma_modules.pictures import film_strip
 from ..moma_modules.subject import Subject
 from .types import CATEGORY, SEARCH_ALIASES, MomaSubject
@@ -51,12 +52,7 @@ class SubjectMask(io.ComfyNode):
         settings = settings_of(model)
         if settings is None:
             raise ValueError("model has no MoMA on it: connect the MODEL that Apply MoMA Adapter or Shortcut gave.")
-        run = settings.log.find_run(latent["samples"])
-        if run is None:
-            raise ValueError(
-                "latent is not the result of a sampler that ran with this model. Connect the LATENT straight from the "
-                "sampler (of SamplerCustomAdvanced: `output`, not `denoised_output`), and the MODEL that it got."
-            )
+        run = _find(settings, latent["samples"])
         if subject is not None and subject.key not in run.masks:
             raise ValueError(f"subject {subject.word!r} is not one of the subjects of this model.")
         keys = list(run.masks) if subject is None else [subject.key]
@@ -67,10 +63,28 @@ class SubjectMask(io.ComfyNode):
         return io.NodeOutput(picture, strip, ui={"images": shown, "animated": (False,)})
 
 
+def _find(settings: Settings, samples: torch.Tensor) -> FoundRun:
+    logs = [entry.subject.runs for entry in settings.subjects]
+    for log in logs:
+        if (run := log.find(samples)) is not None:
+            return run
+    if any(log.dropped(samples) for log in logs):
+        raise ValueError(
+            "latent is of a run whose mask was dropped: of each subject MoMA keeps the last "
+            f"{MOST_RUNS} runs, {CAPACITY >> 20} MB at most. Run the sampler again: change its seed, or choose "
+            "'Unload Models and Execution Cache' and queue once more, with fewer runs between."
+        )
+    raise ValueError(
+        "latent is not the result of a sampler that ran with this model. Connect the LATENT straight from the sampler "
+        "(of SamplerCustomAdvanced: `output`, not `denoised_output`), and the MODEL that it got. A LATENT from a file, "
+        "or of a run before its subject was loaded anew, is not known either: run the sampler again."
+    )
+
+
 def _joined(masks: dict[str, torch.Tensor], keys: list[str]) -> torch.Tensor:
     """[B, h, w]: where any of the subjects is."""
     return torch.stack([masks[key] for key in keys]).amax(dim=0)
 
 
-def _evolution(run: FinishedRun, keys: list[str]) -> torch.Tensor:
+def _evolution(run: FoundRun, keys: list[str]) -> torch.Tensor:
     return film_strip([(f"{number}", _joined(masks, keys)) for number, masks in run.film])

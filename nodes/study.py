@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from comfy_api.latest import io, ui
-from comfy_execution.graph_utils import GraphBuilder
+from comfy_execution.graph_utils import GraphBuilder, is_link
+from comfy_execution.utils import get_executing_context
 
 from ..moma_modules.pictures import contact_sheet, picture, rgb
-from ..moma_modules.study import parse_study
+from ..moma_modules.study import Study, parse_study
 from .samplers import sampling_inputs
 from .types import CATEGORY, KEEPS_PREVIEW, SEARCH_ALIASES, MomaAdapter, MomaSubject
 
@@ -15,7 +16,11 @@ MOST_PICTURES = 36
 
 
 class StrengthStudy(io.ComfyNode):
-    """Expands into stock samplers, one for each strength and weight."""
+    """Expands into stock samplers, one for each strength and weight.
+
+    What is connected goes into the expansion as links. ComfyUI knows a cell of an earlier study again by what it is
+    connected to; a node that holds objects it never knows again, and all would be computed anew.
+    """
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -55,6 +60,7 @@ class StrengthStudy(io.ComfyNode):
                 ),
             ],
             enable_expand=True,
+            hidden=[io.Hidden.dynprompt, io.Hidden.unique_id],
         )
 
     @classmethod
@@ -90,39 +96,98 @@ class StrengthStudy(io.ComfyNode):
                 "'Latent From Batch'."
             )
         graph = GraphBuilder()
-        shared = {"adapter": adapter, "subject": subject}
-        prompts = {"positive": positive, "negative": negative, "latent_image": latent_image}
-        window = {"end_percent": 1.0}
-        pictures = {}
-        for weight in study.weights:
-            applied = graph.node(
-                "MoMAApplyAdapter", f"apply-{weight}", model=model, weight=weight, start_percent=0.0, **window, **shared
-            )
-            for strength in study.strengths:
-                cell = f"{weight}-{strength}"
-                patched = graph.node(
-                    "MoMASelfAttnShortcut",
-                    f"shortcut-{cell}",
-                    model=applied.out(0),
-                    vae=vae,
-                    clip=clip,
-                    strength=strength,
-                    start_percent=0.05,
-                    seed=0,
-                    **window,
-                    **shared,
-                )
-                sampled = graph.node("KSampler", f"sampler-{cell}", model=patched.out(0), **prompts, **sampling)
-                decoded = graph.node("VAEDecode", f"decode-{cell}", samples=sampled.out(0), vae=vae)
-                pictures[f"images.image{len(pictures)}"] = decoded.out(0)
-        sheet = graph.node(
-            "MoMAContactSheet",
-            "sheet",
-            columns=", ".join(f"strength {value:g}" for value in study.strengths),
-            rows=", ".join(f"weight {value:g}" for value in study.weights),
-            **pictures,
-        )
+        objects = {"model": model, "adapter": adapter, "subject": subject, "vae": vae, "clip": clip}
+        objects |= {"positive": positive, "negative": negative, "latent_image": latent_image}
+        sheet = _sheet(graph, study, cls._links(graph, objects), sampling)
         return io.NodeOutput(sheet.out(0), sheet.out(1), expand=graph.finalize())
+
+    @classmethod
+    def _links(cls, graph: GraphBuilder, objects: dict[str, Any]) -> dict[str, Any]:
+        """For each input the link to what it holds in this call; what is not connected stays an object.
+
+        With lists ComfyUI calls the node once for each of their items, and a link means the whole list.
+        """
+        context, prompt = get_executing_context(), cls.hidden.dynprompt
+        if context is None or prompt is None:
+            return objects
+        connected = prompt.get_node(cls.hidden.unique_id)["inputs"]
+        links = dict(objects)
+        for name in objects:
+            if is_link(connected.get(name)):
+                index = context.list_index or 0
+                item = graph.node(ListItem.ID, f"{name}-{index}", values=connected[name], index=index)
+                links[name] = item.out(0)
+        return links
+
+
+def _sheet(graph: GraphBuilder, study: Study, given: dict[str, Any], sampling: dict[str, Any]) -> Any:
+    """Put a sampler for each cell of the study into a graph, and the sheet, which is returned.
+
+    Args:
+        given: The study's inputs by name: links, or the objects themselves.
+        sampling: Inputs of KSampler, passed on.
+    """
+    shared = {name: given[name] for name in ("adapter", "subject")}
+    prompts = {name: given[name] for name in ("positive", "negative", "latent_image")}
+    window = {"end_percent": 1.0}
+    pictures = {}
+    for weight in study.weights:
+        applied = graph.node(
+            "MoMAApplyAdapter",
+            f"apply-{weight}",
+            model=given["model"],
+            weight=weight,
+            start_percent=0.0,
+            **window,
+            **shared,
+        )
+        for strength in study.strengths:
+            cell = f"{weight}-{strength}"
+            patched = graph.node(
+                "MoMASelfAttnShortcut",
+                f"shortcut-{cell}",
+                model=applied.out(0),
+                vae=given["vae"],
+                clip=given["clip"],
+                strength=strength,
+                start_percent=0.05,
+                seed=0,
+                **window,
+                **shared,
+            )
+            sampled = graph.node("KSampler", f"sampler-{cell}", model=patched.out(0), **prompts, **sampling)
+            decoded = graph.node("VAEDecode", f"decode-{cell}", samples=sampled.out(0), vae=given["vae"])
+            pictures[f"images.image{len(pictures)}"] = decoded.out(0)
+    return graph.node(
+        "MoMAContactSheet",
+        "sheet",
+        columns=", ".join(f"strength {value:g}" for value in study.strengths),
+        rows=", ".join(f"weight {value:g}" for value in study.weights),
+        **pictures,
+    )
+
+
+class ListItem(io.ComfyNode):
+    """One item of a list of anything; the last one where the list is shorter, as ComfyUI repeats it."""
+
+    ID = "_MoMAListItem"
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id=cls.ID,
+            display_name="MoMA List Item",
+            category=CATEGORY,
+            description="A part of MoMA Strength Study.",
+            inputs=[io.AnyType.Input("values"), io.Int.Input("index", default=0, min=0)],
+            outputs=[io.AnyType.Output("item")],
+            is_input_list=True,
+            is_dev_only=True,
+        )
+
+    @classmethod
+    def execute(cls, values: list[Any], index: list[int]) -> io.NodeOutput:
+        return io.NodeOutput(values[min(index[0], len(values) - 1)])
 
 
 class ContactSheet(io.ComfyNode):

@@ -2,22 +2,26 @@
 
 import os
 from typing import Any
+from unicodedata import normalize
 
 import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
 from ..moma_modules.adapter import Adapter
+from ..moma_modules.choices import choose, fingerprint, has_choice
 from ..moma_modules.comfy_bridge import folders
-from ..moma_modules.comfy_bridge.editor import show_text
+from ..moma_modules.comfy_bridge.editor import run_id, show_text
 from ..moma_modules.comfy_bridge.saving import check_prefix, save_numbered
-from ..moma_modules.comfy_bridge.text import plain_text
+from ..moma_modules.comfy_bridge.text import check_characters, plain_text
 from ..moma_modules.mllm.encode import subject_hidden_state
 from ..moma_modules.mllm.hidden_state_cache import HiddenStateCache
 from ..moma_modules.mllm.model import Mllm
 from ..moma_modules.pictures import coverage, what_was_seen
 from ..moma_modules.reference_image import FITS, prepare_references
+from ..moma_modules.reference_mask import DEFAULT_THRESHOLD
 from ..moma_modules.subject import Subject, combine_subjects, load_subject
+from ..moma_modules.token_text import visible
 from .types import CATEGORY, KEEPS_PREVIEW, SEARCH_ALIASES, MomaAdapter, MomaMllm, MomaSubject
 
 
@@ -53,7 +57,7 @@ class ExtractSubject(io.ComfyNode):
                     multiline=True,
                     default="",
                     tooltip="What the new picture should show, as in 'A car in autumn with falling leaves.' Say the "
-                    "subject word in it.",
+                    "subject word in it. Of {beach|city}, each run takes one, the same one in all MoMA nodes.",
                 ),
                 io.Combo.Input(
                     "fit",
@@ -74,9 +78,21 @@ class ExtractSubject(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="1 on the subject; any size; one for each picture. Unconnected: the picture's "
-                    "transparency, or else the whole picture. For the MASK of a cut-out PNG from Load Image, invert it "
-                    "first.",
+                    tooltip="1 on the subject; any size; one for each picture, or one for all. Unconnected: the "
+                    "picture's transparency, or else the whole picture. For the MASK of a cut-out PNG from Load Image, "
+                    "invert it first.",
+                ),
+                io.Float.Input(
+                    "mask_threshold",
+                    default=DEFAULT_THRESHOLD,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="Where a soft mask is cut: 0 is the level of its background, 1 that of its subject. Lower "
+                    "takes more of a soft edge; 0 takes whatever is not black, as the released code. A mask of black "
+                    "and white alone needs no cut.",
+                    advanced=True,
                 ),
             ],
             outputs=[
@@ -90,6 +106,10 @@ class ExtractSubject(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, subject: str | None, prompt: str | None, **_: Any) -> str:
+        return fingerprint(subject, prompt)
+
+    @classmethod
     def execute(
         cls,
         mllm: Mllm,
@@ -100,32 +120,36 @@ class ExtractSubject(io.ComfyNode):
         fit: str,
         cache: bool = True,
         mask: Any = None,
+        mask_threshold: float = DEFAULT_THRESHOLD,
     ) -> io.NodeOutput:
-        word = " ".join(subject.split())
-        if not plain_text(word).strip():
+        check_characters("subject", subject)
+        check_characters("prompt", prompt)
+        draw = run_id() if has_choice(subject, prompt) else ""
+        subject, prompt = choose(subject, draw), choose(prompt, draw)
+        word = normalize("NFC", " ".join(subject.split()))  # accents in one way, so that equal words are equal
+        if not visible(plain_text(word)).strip():
             raise ValueError("subject is empty: give the word for what is in the picture, as in 'car'.")
         if mllm.hidden_size != adapter.hidden_size:
             raise ValueError(
                 f"adapter {adapter.name} takes hidden states of size {adapter.hidden_size}, but mllm {mllm.name} has "
                 f"{mllm.hidden_size}: they do not belong together. Use both files of the MoMA release."
             )
-        references = prepare_references(image, mask, fit)
+        references = prepare_references(image, mask, fit, mask_threshold)
+        text = "\n".join([coverage(references.masks), *references.notes])
+        show_text(text)  # before the language model runs: there may be a reason to stop
         spoken = plain_text(word), plain_text(prompt)  # emphasis is for CLIP; the MLLM reads words
         hidden_state = HiddenStateCache(folders.hidden_states()).hidden_state if cache else subject_hidden_state
-        try:
-            hidden = [
-                hidden_state(mllm, one, inside, *spoken)
-                for one, inside in zip(references.images.numpy(), references.masks.numpy(), strict=True)
-            ]
-        finally:
-            mllm.leave_device()
+        hidden = [
+            hidden_state(mllm, one, inside, *spoken)
+            for one, inside in zip(references.images.numpy(), references.masks.numpy(), strict=True)
+        ]
         embedding = torch.stack([adapter.map_hidden_state(one) for one in hidden]).mean(dim=0)
         if not embedding.isfinite().all():
             raise ValueError(f"mllm {mllm.name} gave NaN for this picture and prompt; choose precision bf16 or fp32.")
-        show_text(coverage(references.masks))
         seen = what_was_seen(references.images, references.masks)
-        made = Subject(embedding, word, prompt, references.images, references.masks, adapter.identity)
-        return io.NodeOutput(made, ui=ui.PreviewImage(seen, cls=cls))
+        made = Subject(embedding, word, prompt, references.images, references.masks, adapter.identity, draw)
+        shown = {**ui.PreviewImage(seen, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
+        return io.NodeOutput(made, ui=shown)
 
 
 class CombineSubjects(io.ComfyNode):

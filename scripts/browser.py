@@ -1,5 +1,6 @@
 """ComfyUI's editor in a headless Chromium: what a person would click, and what they would see."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,11 +29,17 @@ SETTINGS = {
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
 }
 """Of a user who has seen the tutorial, and wants to read everything from afar."""
-CUT_OFF = ("net::ERR_FAILED", "Connecting to 'https://", "Fetch API cannot load https://")
+CUT_OFF = (
+    "net::ERR_FAILED",
+    "Connecting to 'https://",
+    "Fetch API cannot load https://",
+    "Error fetching file size: TypeError: Failed to fetch",
+)
 """How the console names requests to other hosts, which the editor makes on its own, such as for the sizes of missing
 models; `Editor` or ComfyUI's Content Security Policy stops them."""
 MARGIN = 30
-WAIT = 60_000
+WAIT = 300_000
+"""Milliseconds, of which a slow machine may need many."""
 
 
 class Editor:
@@ -90,9 +97,34 @@ class Editor:
         }"""
         return list(self.page.evaluate(script))
 
+    def saved(self) -> dict[str, Any]:
+        """The graph as the editor saves it."""
+        return dict(json.loads(self.page.evaluate("() => JSON.stringify(app.graph.serialize())")))
+
+    def widgets(self, kind: str) -> dict[str, Any]:
+        """Names and values of the widgets of the first node of a type."""
+        script = """kind => app.graph.nodes.find(node => node.type === kind).widgets.map(w => [w.name, w.value])"""
+        return dict(self.page.evaluate(script, kind))
+
     def prompt(self) -> dict[str, Any]:
         """What the editor would queue for the graph."""
         return dict(self.page.evaluate("async () => (await window.app.graphToPrompt()).output"))
+
+    def has_app_view(self) -> bool:
+        """Whether this editor has an app view with the inputs and outputs that a workflow names."""
+        script = "() => app.extensionManager.command.commands.some(c => c.id === 'Workspace.ToggleSidebarTab.apps')"
+        return bool(self.page.evaluate(script))
+
+    @contextmanager
+    def app_view(self) -> Iterator[list[str]]:
+        """The app view of the graph, with the names of what it asks for."""
+        toggle = "() => app.extensionManager.command.execute('Comfy.ToggleLinear')"
+        self.page.evaluate(toggle)
+        try:
+            self.page.get_by_test_id("linear-widgets").wait_for(timeout=WAIT)
+            yield self.page.get_by_test_id("builder-widget-label").all_inner_texts()
+        finally:
+            self.page.evaluate(toggle)
 
     def overlaps(self) -> list[tuple[str, str]]:
         """Pairs of nodes that lie over one another, by title."""
@@ -122,6 +154,44 @@ class Editor:
         if kind == "execution_error":
             raise RuntimeError(f"{detail['node_type']}: {detail['exception_message']}")
         self.page.wait_for_timeout(1500)
+
+    def paint_mask(self, kind: str, lines: Sequence[Sequence[tuple[float, float]]]) -> None:
+        """Paint into the mask of the first node of a type that shows a picture, in the mask editor, and save.
+
+        Args:
+            lines: What the brush draws, corner by corner; 0..1 across and down the picture.
+        """
+        self.page.evaluate(
+            """kind => {
+                app.canvas.selectNode(app.graph.nodes.find(node => node.type === kind))
+                return app.extensionManager.command.execute('Comfy.MaskEditor.OpenMaskEditor')
+            }""",
+            kind,
+        )
+        dialog = self.page.get_by_role("dialog")
+        canvas = dialog.locator("canvas.z-30").first
+        canvas.wait_for(timeout=WAIT)
+        drawn = """() => {
+            const picture = document.querySelector('[role=dialog] canvas.z-0')
+            const middle = [picture?.width >> 1, picture?.height >> 1, 1, 1]
+            return picture?.width && picture.getContext('2d').getImageData(...middle).data[3]
+        }"""
+        self.page.wait_for_function(drawn, timeout=WAIT)
+        box, before = canvas.bounding_box(), None
+        while box is None or box != before:  # the picture is put into its place
+            self.page.wait_for_timeout(500)
+            box, before = canvas.bounding_box(), box
+        for line in lines:
+            corners = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in line]
+            self.page.mouse.move(*corners[0])
+            self.page.mouse.down()
+            for corner in corners[1:]:
+                self.page.mouse.move(*corner, steps=8)
+            self.page.mouse.up()
+        dialog.get_by_role("button", name="Save").click()
+        saved = "kind => app.graph.nodes.find(n => n.type === kind).widgets[0].value.includes('clipspace')"
+        self.page.wait_for_function(saved, arg=kind, timeout=WAIT)
+        canvas.wait_for(state="detached", timeout=WAIT)
 
     def show(self, kinds: Sequence[str] = ()) -> dict[str, float]:
         """Scale and move the canvas until the nodes of these types (or all) are in sight; where they then are."""

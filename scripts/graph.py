@@ -21,6 +21,8 @@ SHOW_PICTURES = {"SaveImage", "LoadImage", "MoMASubjectMask", "MoMAExtractSubjec
 SHOW_TEXT = {"MoMATextEncode", "MoMAExtractSubject", "MoMALoadMLLM"}
 OPTIONAL_SHAPE = 7
 """How the editor marks a socket that may stay unconnected."""
+APP_OUTPUT = "SaveImage"
+"""Nodes whose results the editor's app view shows."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Node:
     Attributes:
         values: By input name: a widget's value, or the `Output` that is connected. Others keep their defaults.
         column: Where it stands; columns run from left to right, nodes in one from top to bottom.
+        asks: The widgets that the editor's app view asks for.
     """
 
     id: int
@@ -60,6 +63,7 @@ class Node:
     title: str | None = None
     models: Sequence[Model] = ()
     tall: int | None = None
+    asks: Sequence[str] = ()
 
     def out(self, name: str) -> Output:
         """The output of this name."""
@@ -75,9 +79,9 @@ class Graph:
     nodes: list[Node] = field(default_factory=list)
 
     def add(self, kind: str, column: int, *, id: int | None = None, **values: Any) -> Node:
-        """Add a node. `title`, `models` and `tall` among the values are the node's own, the rest its inputs."""
+        """Add a node. `title`, `models`, `tall` and `asks` among the values are the node's own, the rest its inputs."""
         number = id if id is not None else max((node.id for node in self.nodes), default=0) + 1
-        own = {key: values.pop(key) for key in ("title", "models", "tall") if key in values}
+        own = {key: values.pop(key) for key in ("title", "models", "tall", "asks") if key in values}
         node = Node(number, kind, column, values, **own)
         self.nodes.append(node)
         return node
@@ -117,9 +121,18 @@ class Graph:
             "links": [list(link) for link in drawn.links],
             "groups": [],
             "config": {},
-            "extra": {"ds": {"scale": 0.8, "offset": [30, 60]}},
+            "extra": {"ds": {"scale": 0.8, "offset": [30, 60]}, "linearMode": False, "linearData": self._app(info)},
             "version": 0.4,
         }
+
+    def _app(self, info: Json) -> Json:
+        """What the editor's app view has of this graph: widgets as (node, name), and nodes with results."""
+        asked = [(node, name) for node in self.nodes for name in node.asks]
+        for node, name in asked:
+            if _linked(node, name) or name not in [widget.name for widget in NodeSpec.of(info, node.kind).widgets]:
+                raise ValueError(f"{node.kind} {node.id}: the app view cannot ask for {name}: it is no widget.")
+        inputs = [[node.id, name] for node, name in asked]
+        return {"inputs": inputs, "outputs": [node.id for node in self.nodes if node.kind == APP_OUTPUT]}
 
     def blueprint(self, info: Json, text: "BlueprintText", inputs: Sequence["Port"], outputs: Sequence["Port"]) -> Json:
         """The graph inside one node of its own.
@@ -354,24 +367,23 @@ class _Blueprint:
         self.ports_out = [self._output(slot, port) for slot, port in enumerate(outputs)]
 
     def workflow(self) -> Json:
-        """A workflow that holds the blueprint's node alone."""
-        sockets = [{key: port[key] for key in ("name", "type", "label") if key in port} for port in self.ports_in]
-        node_inputs = [
-            {**socket, "link": None, **({"widget": {"name": socket["name"]}} if self._is_widget(port) else {})}
-            for socket, port in zip(sockets, self.inputs, strict=True)
-        ]
-        node: Json = {"id": 1, "type": self.id, "pos": [0, TOP], "size": [400, 600], "flags": {}, "order": 0, "mode": 0}
-        node["inputs"] = node_inputs
+        """A workflow that holds the blueprint's node alone.
+
+        The node has the values of its widgets, in the order of its inputs. It has no list of widgets inside
+        (`proxyWidgets`): newer editors turn one into inputs, and ComfyUI 0.16's takes it for widgets without an input.
+        """
+        # Not one of the ids inside, which the editor would change.
+        number = max(self.by_id) + 1
+        node: Json = {"id": number, "type": self.id, "pos": [0, TOP], "size": [400, 600]}
+        node |= {"flags": {}, "order": 0, "mode": 0}
+        node["inputs"] = [self._node_input(drawn, port) for drawn, port in zip(self.ports_in, self.inputs, strict=True)]
         node["outputs"] = [{"name": p["name"], "type": p["type"], "links": []} for p in self.ports_out]
         node |= {"title": self.text.name, "properties": {"cnr_id": "moma", "ver": _version()}}
-        node["properties"]["proxyWidgets"] = [
-            [str(port.places[0][0].id), port.places[0][1]] for port in self.inputs if self._is_widget(port)
-        ]
-        node["widgets_values"] = []
+        node["widgets_values"] = [self._value(port) for port in self.inputs if self._is_widget(port)]
         return {
             "id": self._uuid("workflow"),
             "revision": 0,
-            "last_node_id": 1,
+            "last_node_id": number,
             "last_link_id": 0,
             "nodes": [node],
             "links": [],
@@ -425,9 +437,24 @@ class _Blueprint:
         drawn["links"] = [*(drawn["links"] or []), number]
         return {"id": self._uuid(f"out-{port.name}"), "name": port.name, "type": drawn["type"], "linkIds": [number]}
 
+    def _node_input(self, drawn: Json, port: Port) -> Json:
+        """The input of the blueprint's node for what `_input` drew inside."""
+        node, name = port.places[0]
+        inside = self.by_id[node.id]["inputs"][self.drawn.input_slot(node, name)]
+        socket: Json = {"name": drawn["name"], "type": drawn["type"], "link": None}
+        if self._is_widget(port):
+            return {**socket, "widget": {"name": drawn["name"]}}
+        return {**socket, "shape": inside["shape"]} if "shape" in inside else socket
+
     def _is_widget(self, port: Port) -> bool:
         node, name = port.places[0]
         return name in [widget.name for widget in self.drawn.specs[node.id].widgets]
+
+    def _value(self, port: Port) -> Any:
+        """What the widget of a port holds."""
+        node, name = port.places[0]
+        (widget,) = [widget for widget in self.drawn.specs[node.id].widgets if widget.name == name]
+        return node.values.get(name, widget.default)
 
     def _uuid(self, what: str) -> str:
         return str(uuid.uuid5(uuid.NAMESPACE_URL, f"moma/{self.text.name}/{what}"))

@@ -16,12 +16,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from bootstrap import bootstrap
 
 bootstrap()
+import comfy.model_management
+import pytest
 import torch
+from comfy.model_patcher import ModelPatcher
+from comfyui_moma.moma_modules.mllm.architecture import MllmModule
 from comfyui_moma.moma_modules.mllm.checkpoint import Checkpoint, LanguageShape, VisionShape
 from comfyui_moma.moma_modules.mllm.encode import forward
-from comfyui_moma.moma_modules.mllm.model import MllmModule, load_checkpoint
+from comfyui_moma.moma_modules.mllm.model import load_checkpoint
 from comfyui_moma.moma_modules.mllm.precision import Plan
-from fake_device import CARD, fake_card
+from fake_device import CARD, Usage, fake_card, managed, unet_without_content
 from sentencepiece import SentencePieceProcessor
 
 LANGUAGE = LanguageShape(4096, 11008, 32, 32, 32, 32000, 1e-5, 10000.0)
@@ -38,12 +42,17 @@ PRECISIONS = {
 }
 
 
+CARDS = (8, 24)
+"""GB of the cards for which is computed what stays there while sampling."""
+
+
 class Row(NamedTuple):
-    """Bytes: all weights, and the most that was in use on the card at once."""
+    """Bytes: all weights, the most in use on the card at once, and what stays on each of `CARDS` while sampling."""
 
     weights: int
     resident_peak: int
     streamed_peak: int
+    staying: list[int]
 
 
 def checkpoint() -> Checkpoint:
@@ -52,7 +61,7 @@ def checkpoint() -> Checkpoint:
     for key, value in MllmModule(LANGUAGE, VISION).state_dict().items():
         part, _, name = key.partition(".")
         parts[part][name] = torch.empty(value.shape, dtype=torch.float16)
-    return Checkpoint("published", LANGUAGE, VISION, **parts, tokenizer=SentencePieceProcessor())
+    return Checkpoint("published", {}, LANGUAGE, VISION, **parts, tokenizer=SentencePieceProcessor())
 
 
 def measure(plan: Plan) -> Row:
@@ -67,16 +76,32 @@ def measure(plan: Plan) -> Row:
             peaks.append(usage.peak)
             loaded.patcher.detach()
             assert usage.current == 0
-        return Row(loaded.patcher.model_size(), *peaks)
+        staying = [_stays(loaded.patcher, usage, size * 10**9) for size in CARDS]
+        return Row(loaded.patcher.model_size(), *peaks, staying)
+
+
+def _stays(patcher: ModelPatcher, usage: Usage, size: int) -> int:
+    """What is left of the MLLM on a card of `size` bytes once ComfyUI has loaded SD1.5's UNet after it."""
+    with pytest.MonkeyPatch.context() as patch:
+        managed(patch, usage, size)
+        unet = unet_without_content()
+        for model in (patcher, unet):
+            comfy.model_management.load_models_gpu([model])
+        left = int(patcher.loaded_size())
+        comfy.model_management.free_memory(1e30, CARD)
+    return left
 
 
 def main() -> None:
     """Print the table in Markdown."""
-    print("| precision | weights | peak, all on the card | peak, all streamed | on the card while sampling |")
+    stays = " / ".join(f"{size} GB" for size in CARDS)
+    print(f"| precision | weights | peak, all on the card | peak, all streamed | stays while sampling, {stays} card |")
     print("|---|---|---|---|---|")
     for name, plan in PRECISIONS.items():
-        cells = " | ".join(f"{size / 1e9:.1f} GB" for size in measure(plan))
-        print(f"| {name} | {cells} | 0 |")
+        row = measure(plan)
+        cells = [f"{size / 1e9:.1f} GB" for size in row[:3]]
+        cells.append(" / ".join(f"{size / 1e9:.1f}" for size in row.staying) + " GB")
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

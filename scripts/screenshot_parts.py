@@ -152,6 +152,17 @@ def study(editor: Editor) -> None:
     take(editor, DOCS / "strength_study_result.png", width=1100)
 
 
+def artwork(editor: Editor) -> None:
+    """The pack's icon and banner, from the drawings in `artwork/`."""
+    page = editor.page.context.new_page()
+    for drawing in (ROOT / "scripts" / "artwork").glob("*.svg"):
+        page.set_content(f"<style>body {{ margin: 0 }} svg {{ display: block }}</style>{drawing.read_text('utf-8')}")
+        target = DOCS / f"{drawing.stem}.png"
+        page.locator("svg").screenshot(path=target, omit_background=True)
+        print(f"Wrote {target.relative_to(ROOT)}", flush=True)
+    page.close()
+
+
 PARTS = {
     "workflows": workflows,
     "nodes": nodes,
@@ -159,6 +170,7 @@ PARTS = {
     "previews": previews,
     "study": study,
     "help": help_page,
+    "artwork": artwork,
 }
 
 

@@ -17,11 +17,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from comfyui_source import CARRIER_VERSIONS, NEWEST, ROOT, SetupError, cache_dir, find_comfyui, own_comfyui, run
+from comfyui_source import (
+    CARRIER_VERSIONS,
+    NEWEST,
+    ROOT,
+    SetupError,
+    cache_dir,
+    find_comfyui,
+    in_utf8,
+    own_comfyui,
+    run,
+)
 
 # ComfyUI leaves these unpinned; this trio is one that fits together.
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 STAMP = "comfyui-moma.stamp"
+LOCAL = "127.0.0.1,localhost"
+PROBE = """
+import sys, torch
+from importlib.metadata import version
+from packaging.requirements import Requirement
+for line in sys.argv[1:]:
+    wanted = Requirement(line)
+    if not wanted.specifier.contains(version(wanted.name), prereleases=True):
+        sys.exit(f"{line} is needed, {version(wanted.name)} is there")
+"""
+"""Fails unless the requirements on its command line are met; its last line of error output then says why."""
 
 
 class Environment(NamedTuple):
@@ -32,13 +53,15 @@ class Environment(NamedTuple):
     python: Path
 
     def variables(self) -> dict[str, str]:
-        """What its processes get: where ComfyUI lies, and where Python keeps what it compiles.
+        """What its processes get: where ComfyUI lies, and where Python and mypy keep what they compile and found out.
 
-        Containers often have Python keep nothing, and a server then compiles for 20 s at each start.
+        Containers often have Python keep nothing, and a server then compiles for 20 s at each start. A proxy is for
+        other hosts.
         """
-        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        kept = {"PYTHONPYCACHEPREFIX": str(cache_dir() / "bytecode")}
-        return {**inherited, **kept, "COMFYUI_PATH": str(self.comfyui)}
+        inherited = {name: value for name, value in in_utf8().items() if name != "PYTHONDONTWRITEBYTECODE"}
+        kept = {"PYTHONPYCACHEPREFIX": str(cache_dir() / "bytecode"), "MYPY_CACHE_DIR": str(cache_dir() / "mypy")}
+        unproxied = ",".join(filter(None, [os.environ.get("no_proxy", os.environ.get("NO_PROXY")), LOCAL]))
+        return {**inherited, **kept, "no_proxy": unproxied, "NO_PROXY": unproxied, "COMFYUI_PATH": str(self.comfyui)}
 
 
 def ensure_venv(comfyui: Path, version: str, extras: Sequence[str] = ()) -> Path:
@@ -62,6 +85,7 @@ def ensure_venv(comfyui: Path, version: str, extras: Sequence[str] = ()) -> Path
     print(f"Making the Python environment for ComfyUI {version} in {venv}, a download of some GB.", flush=True)
     installer = _make_venv(venv, python)
     _install(installer, python, [*TORCH, "-r", str(requirements), *extras])
+    run([python, "-c", "import torch"], f"All was installed, but {python} does not find it or cannot load it.")
     stamp_file.write_text(stamp, encoding="utf-8")
     return python
 
@@ -74,8 +98,8 @@ def dev_requirements(pyproject: Path = ROOT / "pyproject.toml") -> list[str]:
     return [str(requirement) for requirement in ast.literal_eval(found[1])]
 
 
-def environment(version: str | None = None, pins: Sequence[str] = ()) -> Environment:
-    """This version of ComfyUI (as in `find_comfyui`) with a Python for it.
+def environment(version: str | Path | None = None, pins: Sequence[str] = ()) -> Environment:
+    """This version of ComfyUI, or the one in this folder (as in `find_comfyui`), with a Python for it.
 
     Args:
         pins: Further requirements, as in "transformers==4.50.3"; each set of them gets an environment of its own.
@@ -84,22 +108,23 @@ def environment(version: str | None = None, pins: Sequence[str] = ()) -> Environ
         SetupError: Something cannot be fetched or made.
     """
     comfyui = find_comfyui(version)
-    if version is None and comfyui == own_comfyui():
-        name = f"own-{_digest([str(comfyui)])[:8]}"
-        return Environment(
-            str(comfyui), comfyui, _own_python(comfyui) or ensure_venv(comfyui, name, dev_requirements())
-        )
+    if isinstance(version, Path) or (version is None and comfyui == own_comfyui()):
+        name = f"own-{_digest([str(comfyui), *pins])[:8]}"
+        python = None if pins else _own_python(comfyui)
+        return Environment(str(comfyui), comfyui, python or ensure_venv(comfyui, name, [*dev_requirements(), *pins]))
     name = "-".join([version or NEWEST, *(pin.replace("==", "-") for pin in pins)])
     return Environment(name, comfyui, ensure_venv(comfyui, name, [*dev_requirements(), *pins]))
 
 
 def _digest(parts: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    # What the locale cannot read of a path is in it as surrogates.
+    return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()
 
 
 def _succeeds(*command: str | Path) -> bool:
     try:
-        return subprocess.run([str(part) for part in command], capture_output=True, check=False).returncode == 0
+        words = [str(part) for part in command]
+        return subprocess.run(words, env=in_utf8(), capture_output=True, check=False).returncode == 0
     except OSError:
         return False
 
@@ -135,15 +160,15 @@ def _install(installer: Sequence[str], python: Path, requirements: Sequence[str]
 
 
 def _own_python(comfyui: Path) -> Path | None:
-    """`COMFYUI_PYTHON`, or this Python, if all that ComfyUI and the tests need is installed there."""
+    """`COMFYUI_PYTHON`, or this Python, if all that ComfyUI needs is there, and the tests' tools in their versions."""
     named = os.environ.get("COMFYUI_PYTHON")
     # Not resolved: the link itself makes a virtual environment's Python.
     python = Path(named or sys.executable).expanduser().absolute()
-    lines = (comfyui / "requirements.txt").read_text(encoding="utf-8").splitlines() + dev_requirements()
+    lines = (comfyui / "requirements.txt").read_text(encoding="utf-8").splitlines()
     names = [found[0] for line in lines if (found := re.match(r"[A-Za-z0-9._-]+", line.strip()))]
-    probe = "import sys, torch; from importlib.metadata import version; [version(name) for name in sys.argv[1:]]"
+    command = [python, "-c", PROBE, *names, *dev_requirements()]
     try:
-        result = subprocess.run([python, "-c", probe, *names], capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
         if result.returncode == 0:
             return python
         lack = result.stderr.strip().rpartition("\n")[2]

@@ -1,8 +1,9 @@
 """The one test command: `python3 scripts/test.py` sets up what it needs, then lints, checks types and runs the tests.
 
 All tests run on the newest ComfyUI, all but the slow ones on the oldest that the pack supports; with `COMFYUI_PATH`
-set, all on that ComfyUI alone. Most tests use one core, so both versions run at the same time; the slow ones, on the
-newest alone, run two files at a time.
+set, all on that ComfyUI alone. First the types are checked while both versions run all but the slow tests, then the
+slow ones run, a file on each core. Every process uses one thread: with more than there are cores, PyTorch takes ten
+times as long.
 """
 
 import argparse
@@ -19,11 +20,14 @@ from typing import NamedTuple
 
 from chromium import chromium_path
 from comfyui_source import CARRIER_VERSIONS, NEWEST, OLDEST, ROOT, SetupError
+from frontends import FRONTENDS, find_frontend
 from setup_env import Environment, environment
 
 Step = Callable[[], bool]
 """Does something with its output shown; whether it succeeded."""
 
+MOST_WORKERS = 4
+"""How many processes one pytest may have: each has its own ComfyUI in memory, and maybe a server with models."""
 NO_TESTS = 5
 """pytest's exit status; a failure unless the command line chooses among the tests."""
 
@@ -77,17 +81,16 @@ def command(found: Environment | None, *words: str) -> Step:
     return step
 
 
-def started(found: Environment | None, *words: str, cores: int, log: Path | None, none_is_fine: bool) -> Step:
+def started(found: Environment | None, *words: str, log: Path | None = None, none_is_fine: bool = False) -> Step:
     """As `command`, but it starts at once; the step waits for its end.
 
     Args:
-        cores: How many of them PyTorch may use.
         log: Takes the output, which the step shows; where None it is shown as it comes.
         none_is_fine: Whether pytest may find no tests.
     """
     if found is None:
         return _not_run
-    variables = {**found.variables(), "OMP_NUM_THREADS": str(cores)}
+    variables = {**found.variables(), "OMP_NUM_THREADS": "1"}
     output = log.open("wb") if log else None
     process = subprocess.Popen([found.python, *words], cwd=ROOT, env=variables, stdout=output, stderr=output)
 
@@ -95,7 +98,9 @@ def started(found: Environment | None, *words: str, cores: int, log: Path | None
         _announce(found, words)
         status = process.wait()
         if log:
-            print(log.read_text(encoding="utf-8", errors="replace"), flush=True)
+            sys.stdout.flush()
+            sys.stdout.buffer.write(log.read_bytes())  # its bytes: not every locale can print every letter
+            sys.stdout.buffer.flush()
         return status == 0 or (none_is_fine and status == NO_TESTS)
 
     return step
@@ -133,8 +138,18 @@ def set_up_browser() -> bool:
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for words in (("update", "-qq"), ("install", "-qq", "-y", "--no-install-recommends", "chromium", "fonts-noto-cjk")):
         subprocess.run(["apt-get", *words], env=quiet, stdout=subprocess.DEVNULL, check=False)
-    print(f"Chromium: {chromium_path() or 'could not be installed'}", flush=True)
-    return chromium_path() is not None
+    print(f"Chromium: {chromium_path() or 'could not be installed; the tests of the editor are left out'}", flush=True)
+    return chromium_path() is not None or not os.environ.get("CI")
+
+
+def set_up_frontends() -> bool:
+    """Other versions of the editor for the browser; where they cannot be had, their tests are left out."""
+    for version in FRONTENDS if chromium_path() else ():
+        try:
+            print(f"Frontend {version}: {find_frontend(version)}", flush=True)
+        except SetupError as error:
+            print(f"Frontend {version}: {error}", flush=True)
+    return True
 
 
 def targets(versions: list[str], quick: bool) -> list[Target]:
@@ -153,35 +168,50 @@ def run_all(chosen: list[Target], pytest_arguments: list[str]) -> bool:
     environments = [set_up(steps, target) for target in chosen]
     if any(target.slow for target in chosen):
         steps.run("Set-up of the browser", set_up_browser)
+        steps.run("Set-up of the browser's frontends", set_up_frontends)
     linting = next(filter(None, environments), None)
     steps.run("ruff format", command(linting, "-m", "ruff", "format", "--check"))
     steps.run("ruff check", command(linting, "-m", "ruff", "check"))
-    steps.run("mypy", command(linting, "-m", "mypy"))
     with tempfile.TemporaryDirectory() as folder:
-        run_tests(steps, list(zip(chosen, environments, strict=True)), pytest_arguments, Path(folder))
+        types = started(linting, "-m", "mypy", log=Path(folder) / "mypy.log")
+        run_tests(steps, list(zip(chosen, environments, strict=True)), types, pytest_arguments, Path(folder))
     return steps.summary()
 
 
-def run_tests(
-    steps: Steps, pairs: list[tuple[Target, Environment | None]], pytest_arguments: list[str], logs: Path
-) -> None:
-    """First all but the slow tests, on all targets at once; then the slow ones of each target that has them."""
+def usable_cores() -> int:
+    """How many cores this process may use; it may be kept from some."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
-    def start(found: Environment | None, *words: str, share: int, log: Path | None = None) -> Step:
-        command = ("-m", "pytest", *words, *pytest_arguments)
-        cores = max((os.cpu_count() or 1) // share, 1)
-        return started(found, *command, cores=cores, log=log, none_is_fine=bool(pytest_arguments))
+
+def run_tests(
+    steps: Steps,
+    pairs: list[tuple[Target, Environment | None]],
+    types: Step,
+    pytest_arguments: list[str],
+    logs: Path,
+) -> None:
+    """First all but the slow tests, on all targets at once; then the slow ones of each target that has them.
+
+    Args:
+        types: The check of the types, which has started.
+    """
+
+    def start(found: Environment | None, marked: str, at_once: int, log: Path | None = None) -> Step:
+        workers = min(usable_cores() // at_once, MOST_WORKERS)
+        spread = ("--numprocesses", str(workers), "--dist", "loadfile") if workers > 1 else ()
+        words = ("-m", "pytest", "-m", marked, *spread, *pytest_arguments)
+        return started(found, *words, log=log, none_is_fine=bool(pytest_arguments))
 
     logged = [logs / f"{number}.log" if number else None for number in range(len(pairs))]
-    waiting = [
-        start(found, "-m", "not slow", share=len(pairs), log=log) for (_, found), log in zip(pairs, logged, strict=True)
-    ]
+    waiting = [start(found, "not slow", len(pairs), log) for (_, found), log in zip(pairs, logged, strict=True)]
     for (target, _), step in zip(pairs, waiting, strict=True):
         steps.run(f"pytest on {target.name}, without the slow tests", step)
+    steps.run("mypy", types)
     for target, found in pairs:
         if target.slow:
-            words = ("-m", "slow", "--numprocesses=2", "--dist=loadfile")
-            steps.run(f"pytest on {target.name}, the slow tests", start(found, *words, share=2))
+            steps.run(f"pytest on {target.name}, the slow tests", start(found, "slow", 1))
 
 
 def parse_arguments(words: list[str]) -> tuple[list[Target], list[str]]:

@@ -10,11 +10,8 @@ CHECKPOINT = Model(
     "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/v1-5-pruned-emaonly-fp16.safetensors",
     "checkpoints",
 )
-ADAPTER = Model(
-    "MoMA_llava_7b/attn_adapters_projectors.th",
-    "https://huggingface.co/KunpengSong/MoMA_llava_7b/resolve/main/attn_adapters_projectors.th",
-    "moma",
-)
+ADAPTER = "MoMA_llava_7b/attn_adapters_projectors.th"
+"""Without an address: no editor downloads a `.th`, and that of ComfyUI 0.16 would call it missing even where it is."""
 OPENPOSE = Model(
     "control_v11p_sd15_openpose_fp16.safetensors",
     "https://huggingface.co/comfyanonymous/ControlNet-v1-1_fp16_safetensors/resolve/main/"
@@ -60,9 +57,9 @@ def from_subject() -> Graph:
     """A saved subject, without the language model."""
     graph = Graph("from_subject", WIDTHS)
     base = _loaders(graph)
-    loaded = graph.add("MoMALoadSubject", 0, id=5, subject_name="cup_00001_.safetensors")
+    loaded = _saved_subject(graph, id=5)
     base.subject = loaded.out("subject")
-    encoded = _encode(base)
+    encoded = _encode(base, asks=("prompt",))
     _patch(base)
     _sample(base, encoded, "from_subject")
     graph.note(1, height=330)
@@ -73,7 +70,7 @@ def auto_mask() -> Graph:
     """The mask comes from background removal."""
     graph = Graph("auto_mask", WIDTHS)
     base = _loaders(graph, mllm=True)
-    image = graph.add("LoadImage", 0, image="example.png")
+    image = _picture(graph)
     remover = graph.add("LoadBackgroundRemovalModel", 0, bg_removal_name=BIREFNET.name, models=[BIREFNET])
     removed = graph.add(
         "RemoveBackground",
@@ -97,7 +94,7 @@ def two_subjects() -> Graph:
     width, height = 768, 512
     subjects = []
     for word, prompt in (("cup", "A cup on a wooden table."), ("vase", "A vase on a wooden table.")):
-        image = graph.add("LoadImage", 0, image="example.png", title=f"The {word} (paint the mask here)")
+        image = _picture(graph, title=f"The {word} (paint the mask here)")
         extracted = _extract(base, image.out("IMAGE"), image.out("MASK"), prompt, word=word, save=False)
         subjects.append((word, extracted))
     graph.note(1, height=330)
@@ -146,13 +143,13 @@ def pose() -> Graph:
     """A ControlNet says how the subject stands."""
     graph = Graph("pose", (340, 380, 380, 340, 300, 340))
     base = _loaders(graph, mllm=True)
-    image = graph.add("LoadImage", 0, image="example.png", title=PAINT)
+    image = _picture(graph, title=PAINT)
     _extract(base, image.out("IMAGE"), image.out("MASK"), "A teddy bear dancing in a park.", word="teddy bear")
     graph.note(1, height=300)
     positive, negative = _encode(base)
     _patch(base)
     net = graph.add("ControlNetLoader", 3, control_net_name=OPENPOSE.name, models=[OPENPOSE])
-    pose_image = graph.add("LoadImage", 3, image="example.png", title="Pose (an OpenPose skeleton)")
+    pose_image = _picture(graph, 3, title="Pose (an OpenPose skeleton)")
     applied = graph.add(
         "ControlNetApplyAdvanced",
         3,
@@ -182,7 +179,7 @@ def style_lora() -> Graph:
         title="Load LoRA (your SD1.5 style)",
     )
     base.model, base.clip = lora.out("MODEL"), lora.out("CLIP")
-    image = graph.add("LoadImage", 0, image="example.png", title=PAINT)
+    image = _picture(graph, title=PAINT)
     _extract(base, image.out("IMAGE"), image.out("MASK"), "A watercolour painting of a cup on a table.")
     graph.note(1, height=270)
     encoded = _encode(base)
@@ -195,7 +192,7 @@ def hires_fix() -> Graph:
     """A second pass in twice the size."""
     graph = Graph("hires_fix", (340, 380, 380, 300, 300, 340))
     base = _loaders(graph, mllm=True)
-    image = graph.add("LoadImage", 0, image="example.png", title=PAINT)
+    image = _picture(graph, title=PAINT)
     _extract(base, image.out("IMAGE"), image.out("MASK"), BEACH)
     graph.note(1, height=280)
     encoded = _encode(base)
@@ -209,7 +206,7 @@ def hires_fix() -> Graph:
         scale_by=2.0,
         title="Twice the size",
     )
-    second = _sampler(base, encoded, 4, large.out("LATENT"), denoise=0.5, steps=30, title="Second pass")
+    second = _sampler(base, encoded, 4, large.out("LATENT"), denoise=0.5, steps=30, title="Second pass", asks=())
     _decode(base, second, "hires_fix", 4, 5)
     return graph
 
@@ -218,7 +215,7 @@ def prompts() -> Graph:
     """Several prompts for one subject in one run."""
     graph = Graph("prompts", (340, 380, 380, 300, 240, 340))
     base = _loaders(graph)
-    loaded = graph.add("MoMALoadSubject", 0, subject_name="cup_00001_.safetensors")
+    loaded = _saved_subject(graph)
     base.subject = loaded.out("subject")
     graph.note(0, height=330)
     _patch(base, column=1)
@@ -228,7 +225,13 @@ def prompts() -> Graph:
         ("A cup on a beach at sunset.", "A cup in the snow.", "A cup on a desk in a library."), 1
     ):
         encoded = graph.add(
-            "MoMATextEncode", 2, clip=base.clip, subject=base.subject, prompt=text, title=f"Prompt {number}"
+            "MoMATextEncode",
+            2,
+            clip=base.clip,
+            subject=base.subject,
+            prompt=text,
+            title=f"Prompt {number}",
+            asks=("prompt",),
         )
         sampler = _sampler(base, (encoded.out("positive"), negative), 3, canvas, title=f"Picture {number}")
         decoded = graph.add("VAEDecode", 4, samples=sampler.out("LATENT"), vae=base.vae)
@@ -240,7 +243,7 @@ def strength_study() -> Graph:
     """One sheet over strength and weight."""
     graph = Graph("strength_study", (340, 380, 380, 620))
     base = _loaders(graph, mllm=True)
-    image = graph.add("LoadImage", 0, image="example.png", title=PAINT)
+    image = _picture(graph, title=PAINT)
     _extract(base, image.out("IMAGE"), image.out("MASK"), BEACH)
     positive, negative = _encode(base)
     study = graph.add(
@@ -262,6 +265,7 @@ def strength_study() -> Graph:
         sampler_name="ddim",
         scheduler="ddim_uniform",
         control_after_generate="fixed",
+        asks=("strengths", "weights", "seed"),
     )
     graph.add("SaveImage", 3, images=study.out("sheet"), filename_prefix="MoMA/strength_study", tall=420)
     graph.note(3, height=190)
@@ -338,7 +342,7 @@ OUTSIDE = object()
 def _one_subject(name: str, prompt: str, strength: float) -> Graph:
     graph = Graph(name, WIDTHS)
     checkpoint = graph.add("CheckpointLoaderSimple", 0, ckpt_name=CHECKPOINT.name, models=[CHECKPOINT])
-    image = graph.add("LoadImage", 0, image="example.png", title=PAINT)
+    image = _picture(graph, title=PAINT)
     base = _loaders(graph, mllm=True, checkpoint=checkpoint)
     _extract(base, image.out("IMAGE"), image.out("MASK"), prompt, save=False)
     encoded = _encode(base)
@@ -357,9 +361,17 @@ def _loaders(graph: Graph, mllm: bool = False, checkpoint: Node | None = None) -
     if mllm:
         named["mllm"] = graph.add("MoMALoadMLLM", 0, model_name="MoMA_llava_7b")
     own_id = None if mllm else 4
-    adapter = graph.add("MoMALoadAdapter", 0, id=own_id, adapter_name=ADAPTER.name, models=[ADAPTER])
+    adapter = graph.add("MoMALoadAdapter", 0, id=own_id, adapter_name=ADAPTER)
     outputs = (checkpoint.out("MODEL"), checkpoint.out("CLIP"), checkpoint.out("VAE"))
     return Base(graph, checkpoint, adapter, *outputs, named=named)
+
+
+def _picture(graph: Graph, column: int = 0, **values: Any) -> Node:
+    return graph.add("LoadImage", column, image="example.png", asks=("image",), **values)
+
+
+def _saved_subject(graph: Graph, **values: Any) -> Node:
+    return graph.add("MoMALoadSubject", 0, subject_name="cup_00001_.safetensors", asks=("subject_name",), **values)
 
 
 def _extract(base: Base, image: Output, mask: Output, prompt: str, word: str = "cup", save: bool = True) -> Output:
@@ -372,6 +384,7 @@ def _extract(base: Base, image: Output, mask: Output, prompt: str, word: str = "
         mask=mask,
         subject=word,
         prompt=prompt,
+        asks=("subject", "prompt"),
     )
     base.subject = extracted.out("subject")
     if save:
@@ -379,8 +392,8 @@ def _extract(base: Base, image: Output, mask: Output, prompt: str, word: str = "
     return base.subject
 
 
-def _encode(base: Base, column: int = 2) -> tuple[Output, Output]:
-    encoded = base.graph.add("MoMATextEncode", column, clip=base.clip, subject=base.subject)
+def _encode(base: Base, column: int = 2, **values: Any) -> tuple[Output, Output]:
+    encoded = base.graph.add("MoMATextEncode", column, clip=base.clip, subject=base.subject, **values)
     return encoded.out("positive"), _negative(base, column)
 
 
@@ -400,6 +413,7 @@ def _patch(base: Base, column: int = 2, strength: float = 1.0, **region: Any) ->
         vae=base.vae,
         clip=base.clip,
         strength=strength,
+        asks=("strength",),
         **shared,
     )
     base.named["shortcut"] = shortcut
@@ -413,7 +427,7 @@ def _canvas(base: Base, column: int, size: tuple[int, int] = (512, 512)) -> Outp
 def _sampler(base: Base, encoded: tuple[Output, Output], column: int, latent: Output, **values: Any) -> Node:
     positive, negative = encoded
     # Room for the line of text that the node shows while it runs.
-    settings = {**SAMPLING, "control_after_generate": "randomize", "tall": 330, **values}
+    settings = {**SAMPLING, "control_after_generate": "randomize", "tall": 330, "asks": ("seed",), **values}
     return base.graph.add(
         "KSampler", column, model=base.model, positive=positive, negative=negative, latent_image=latent, **settings
     )

@@ -9,6 +9,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK = "comfyui_moma"
+AT_START: set[str] = set()
+"""The modules that are imported once ComfyUI has the pack's nodes, before any of them has run."""
 
 
 def comfyui_path() -> Path:
@@ -38,6 +40,7 @@ def bootstrap() -> None:
     sys.modules[PACK] = package
     spec.loader.exec_module(package)
     asyncio.run(_load(package))
+    AT_START.update(sys.modules)
 
 
 async def _load(package: Any) -> None:

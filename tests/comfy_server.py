@@ -23,12 +23,13 @@ from types import TracebackType
 from typing import Any
 
 import websocket
+from comfyui_source import EDITOR
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK_NAME = "ComfyUI-MoMA"
-START_SECONDS = 240
+START_SECONDS = 900
 RUN_SECONDS = 3600
-HISTORY_SECONDS = 60
+HISTORY_SECONDS = 900
 
 Prompt = dict[str, dict[str, Any]]
 Event = dict[str, Any]
@@ -147,13 +148,19 @@ class ComfyServer:
         return self.log_file.read_text(encoding="utf-8", errors="replace")
 
     @property
+    def process_id(self) -> int:
+        """The running server's process."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
     def address(self) -> str:
         """Where its pages are."""
         return f"http://127.0.0.1:{self._port}"
 
     def get(self, path: str) -> bytes:
         """The body of a GET request."""
-        with urllib.request.urlopen(f"{self.address}{path}", timeout=60) as answer:
+        with urllib.request.urlopen(f"{self.address}{path}", timeout=START_SECONDS) as answer:
             return bytes(answer.read())
 
     def post(self, path: str, content: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +168,7 @@ class ComfyServer:
         url = f"{self.address}{path}"
         body = json.dumps(content).encode()
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=START_SECONDS) as answer:
             text = answer.read()
         return dict(json.loads(text)) if text else {}
 
@@ -231,6 +238,8 @@ class ComfyServer:
         command += ["--listen", "127.0.0.1", "--port", str(self._port), "--disable-auto-launch", "--disable-api-nodes"]
         # Not in memory: there every thread of ComfyUI's has a database of its own, and all but one lack the tables.
         command += ["--database-url", f"sqlite:///{(self.base / 'comfyui.db').as_posix()}", *self._arguments]
+        if editor := os.environ.get(EDITOR):
+            command += ["--front-end-root", editor]
         with self.log_file.open("wb") as log:
             # Its own process group, so that it can be ended with all that it started.
             self._process = subprocess.Popen(

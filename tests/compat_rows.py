@@ -58,6 +58,18 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             "compat_weights::test_precisions",
         ),
         Row(
+            "Select Model Device before our nodes",
+            WORKS,
+            "The adapter computes where it is, once per run.",
+            "cards::test_the_adapter_computes_where_it_is",
+        ),
+        Row(
+            "Select Model Device after our nodes",
+            WORKS,
+            "The adapter goes with the model.",
+            "cards::test_select_model_device_after_our_nodes",
+        ),
+        Row(
             "--lowvram, --novram",
             WORKS,
             "ComfyUI's loading in these modes, tried on the CPU: weights are cast layer by layer.",
@@ -171,8 +183,14 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
         Row(
             "Set Mask",
             WORKS,
-            'With "mask bounds" the subject is looked for inside only; else everywhere.',
+            'As a region_mask there. With "mask bounds" the subject is looked for inside only; else everywhere.',
             "compat_regions::test_set_mask",
+        ),
+        Row(
+            "Set Mask, other prompts",
+            WORKS,
+            "They get exactly nothing of the subject outside of its prompt's mask.",
+            "compat_regions::test_the_other_prompts_get_nothing_of_the_subject_outside_its_mask",
         ),
         Row(
             "Combine, several positives",
@@ -256,6 +274,64 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             "compat_batches::test_the_reference_pass_goes_without_motion_modules",
         ),
     ),
+    "Tiles, crops, single steps": (
+        Row(
+            "UltimateSDUpscale",
+            WORKS,
+            "Its own code. A region_mask, or the mask of a prompt, follows the tiles (batch_size 1): in the tile of a "
+            "region another picture by over 0.1, in others less than 0.02. Without either the subject is in no tile.",
+            "compat_tiles::test_ultimate_sd_upscale",
+            "works on tiles of the picture, and nothing says where in the picture the subject is",
+        ),
+        Row(
+            "UltimateSDUpscale with Conditioning (Set Mask)",
+            WORKS,
+            "Its own code; the same figures.",
+            "compat_tiles::test_ultimate_sd_upscale_crops_the_mask_of_a_prompt",
+        ),
+        Row(
+            "Tiled KSampler (BlenderNeko)",
+            PARTLY,
+            "Its own code. It tells only the areas of prompts (masks need an older ComfyUI): without one the "
+            "subject is in no tile.",
+            "compat_tiles::test_tiled_ksampler",
+            "works on tiles of the picture, and it does not tell where they are in it",
+        ),
+        Row(
+            "Tiled KSampler with Conditioning (Set Area)",
+            WORKS,
+            "Its own code. The subject is in the tile of its area, by over 0.05, and exactly nowhere else.",
+            "compat_tiles::test_tiled_ksampler_crops_the_area_of_a_prompt",
+        ),
+        Row(
+            "Impact detailers",
+            PARTLY,
+            "Its own code. The subject is looked for in each crop. With Conditioning (Set Mask) it is in the crops "
+            "where its prompt is; a subject with a region_mask stays out.",
+            "compat_tiles::test_impact_detailer",
+            "works on several pictures or parts of one",
+        ),
+        Row(
+            "Impact RegionalSampler",
+            WORKS,
+            "Its own code. Each step is a run: all but the first have the mask of the one before.",
+            "compat_tiles::test_impact_regional_sampler",
+        ),
+        Row(
+            "Nodes that sample step by step",
+            WORKS,
+            "Equal to one run of all steps.",
+            "whereabouts::test_the_mask_goes_on_from_step_to_step_of_one_node",
+            "stopped after one evaluation of the model",
+        ),
+        Row(
+            "Other nodes that sample several pictures",
+            PARTLY,
+            "A warning, once for each time the node runs.",
+            "whereabouts::test_unknown_nodes_on_several_pictures_are_warned_of_once",
+            "works on several pictures or parts of one",
+        ),
+    ),
     "Speed-ups": (
         Row(
             "HyperTile",
@@ -318,6 +394,148 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             "",
             "refusals::test_multigpu_is_refused",
             "MoMA does not work with MultiGPU work units",
+        ),
+    ),
+    "Other packs, by their own code": (
+        Row(
+            "Dynamic Thresholding, Skimmed CFG, AutomaticCFG",
+            WORKS,
+            "The two orders differ by 0; with MoMA at zero the picture is theirs, by 0.",
+            "compat_packs::test_packs_that_work",
+        ),
+        Row(
+            "Perturbed-attention pack: PAG, SEG",
+            WORKS,
+            "The two orders differ by 0; MoMA at zero: 0.",
+            "compat_packs::test_packs_that_work",
+        ),
+        Row(
+            "Sliding Window Guidance up to its window",
+            WORKS,
+            "The two orders differ by 0; MoMA at zero: 0.",
+            "compat_packs::test_packs_that_work",
+        ),
+        Row(
+            "Sliding Window Guidance above its window",
+            REFUSED,
+            "In the first step, naming the pack: its windows change the input's size.",
+            "compat_packs::test_packs_that_are_refused",
+            "Nodes that cut the picture into tiles or windows do that",
+        ),
+        Row(
+            "StyleAligned, share_norm too",
+            WORKS,
+            "The two orders differ by 0; MoMA at zero: 0.",
+            "compat_packs::test_packs_that_work",
+        ),
+        Row(
+            "AnimateDiff-Evolved sampling",
+            WORKS,
+            "Its context windows without a motion model: frames differ from those without windows by less than 1e-4.",
+            "compat_packs::test_packs_that_work",
+        ),
+        Row(
+            "RES4LYF (ClownsharKSampler), LanPaint",
+            WORKS,
+            "Their samplers find the mask too; MoMA at zero: 0.",
+            "compat_packs::test_packs_that_sample",
+        ),
+        Row(
+            "Advanced-ControlNet Reference",
+            WORKS,
+            "Its forward over the reference is what it is without MoMA, by 0. What style fidelity adds "
+            "for the negative rows goes without the shortcut.",
+            "compat_packs::test_advanced_controlnet_reference",
+        ),
+        Row(
+            "WaveSpeed first-block cache",
+            WORKS,
+            "Masks come from whole forwards only; while the cache answers, the last one stays. The two "
+            "orders differ by 0.",
+            "compat_packs::test_packs_that_work",
+        ),
+        Row(
+            "BrushNet, PowerPaint after MoMA",
+            WORKS,
+            "They replace the wrappers of the nodes before them; MoMA is put back for the run, with a "
+            "warning: the picture differs by 0.",
+            "compat_removals::test_what_is_taken_off_is_put_back_and_named",
+            "Apply MoMA's nodes after BrushNet, PowerPaint",
+        ),
+        Row(
+            "ELLA",
+            WORKS,
+            "With MoMA Mark Subject after it, which finds CLIP's text behind ELLA's 64 tokens.",
+            "compat_packs::test_ella",
+        ),
+        Row(
+            "DenseDiffusion",
+            PARTLY,
+            "Its prompt is a new one: no automatic mask, until MoMA Mark Subject follows it.",
+            "compat_packs::test_dense_diffusion_forgets_the_marks",
+            "no positive prompt of this run knows where the subject",
+        ),
+        Row(
+            "LayerDiffuse (SD1.5)",
+            REFUSED,
+            "Before sampling: its attention units have no place for the features.",
+            "compat_forwards::test_replaced_attention_layers_are_refused_before_sampling",
+            "LayerDiffuse does that on SD1.5",
+        ),
+        Row(
+            "Attention couple (cgem156)",
+            REFUSED,
+            "Before sampling.",
+            "compat_packs::test_packs_that_are_refused",
+            "MoMA: the attention couple of",
+        ),
+        Row(
+            "Attention couple (ppm)",
+            REFUSED,
+            "Before sampling.",
+            "compat_packs::test_packs_that_are_refused",
+            "MoMA: the attention couple of",
+        ),
+        Row(
+            "Attention couple (prompt-control)",
+            REFUSED,
+            "Before sampling; it comes with the prompts.",
+            "compat_packs::test_a_couple_in_the_prompts_is_refused",
+            "MoMA: the attention couple of",
+        ),
+    ),
+    "What other packs do": (
+        Row(
+            "Nodes that run the UNet for something else",
+            WORKS,
+            "Only forwards over the run's own latent get the features and feed the mask: the picture differs by 0.",
+            "compat_forwards::test_an_extra_forward_changes_nothing",
+        ),
+        Row(
+            "Nodes that change the latent on its way to the UNet",
+            WORKS,
+            "Where they run the UNet once per evaluation.",
+            "compat_forwards::test_a_latent_that_is_changed_on_its_way_is_still_the_runs_own",
+        ),
+        Row(
+            "Nodes that replace the text during the run",
+            PARTLY,
+            "No automatic mask.",
+            "compat_forwards::test_text_that_was_not_marked_is_not_looked_at",
+            "another node gives the model other text than the prompts",
+        ),
+        Row(
+            "XY plots that load the checkpoint anew (Efficiency)",
+            PARTLY,
+            "A MODEL that did not go through MoMA's nodes is without it: plot what lies behind them.",
+            "compat_removals::test_without_all_of_it_the_model_is_a_fresh_one",
+        ),
+        Row(
+            "Engines that run the UNet in place of ComfyUI",
+            REFUSED,
+            "In the first step.",
+            "compat_forwards::test_a_unet_without_attention_is_refused",
+            "another node runs this model without its attention layers",
         ),
     ),
 }

@@ -4,35 +4,62 @@
 """
 
 import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from bootstrap import bootstrap
 from chromium import chromium_path
 
-bootstrap()
-
-from scene import tiny_adapter, tiny_subject
-from tiny_models import tiny_model
-
 NO_CHROMIUM = (
     "The tests of the editor were left out: no Chromium. On Debian: apt-get install chromium; or set CHROMIUM."
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Import ComfyUI and the pack, but not into a process that only hands out the tests to others."""
+    hands_out = config.getoption("tx", None) and not config.getoption("collectonly")
+    if hasattr(config, "workerinput") or not hands_out:
+        try:
+            bootstrap()
+        except SystemExit as error:
+            raise pytest.UsageError(str(error)) from error
+
+
 @pytest.fixture(scope="module")
 def model() -> Any:
+    from tiny_models import tiny_model
+
     return tiny_model()
 
 
 @pytest.fixture(scope="module")
 def adapter() -> Any:
+    from scene import tiny_adapter
+
     return tiny_adapter()
 
 
 @pytest.fixture(scope="module")
 def subject(adapter: Any) -> Any:
+    from scene import tiny_subject
+
     return tiny_subject(adapter)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MB: a file system of its own, which only some users may make."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mounting, capture_output=True, check=False).returncode != 0:
+        pytest.skip("this user may not mount a small disk")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

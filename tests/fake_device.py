@@ -1,4 +1,4 @@
-"""A graphics card that is not there: tensors with a device and a size, but no content.
+"""A graphics card that is not there, for counting memory: tensors with a device and a size, but no content.
 
 ComfyUI's patcher and the whole forward run on it as they are. torch itself refuses an operation whose operands are on
 two devices, as a card would.
@@ -8,15 +8,22 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+
+if TYPE_CHECKING:
+    from comfyui_moma.moma_modules.mllm.checkpoint import Checkpoint
 
 CARD = torch.device("cuda:0")
 
@@ -89,3 +96,43 @@ def fake_card() -> Iterator[Usage]:
         torch.no_grad(),
     ):
         yield usage
+
+
+def without_content(checkpoint: "Checkpoint") -> "Checkpoint":
+    """The same weights, within `fake_card` as fake tensors on the CPU."""
+    parts = ("language", "vision", "projector")
+    return replace(
+        checkpoint,
+        **{
+            part: {key: torch.empty_like(value, device="cpu") for key, value in getattr(checkpoint, part).items()}
+            for part in parts
+        },
+    )
+
+
+def managed(monkeypatch: pytest.MonkeyPatch, usage: Usage, size: int) -> None:
+    """Let ComfyUI load to and offload from the fake card by what is free of `size` bytes."""
+
+    def free(device: torch.device | None = None, torch_free_too: bool = False) -> Any:
+        left = 10**12 if device is not None and device.type == "cpu" else size - usage.current
+        return (left, 0) if torch_free_too else left
+
+    management = comfy.model_management
+    monkeypatch.setattr(management, "get_free_memory", free)
+    monkeypatch.setattr(management, "vram_state", management.VRAMState.NORMAL_VRAM)
+
+
+class _Unet(torch.nn.Module):
+    """As many values as SD1.5's UNet has, 860 million; nothing is computed with them."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        make = comfy.ops.manual_cast.Linear
+        self.layers = torch.nn.ModuleList(make(8600, 10000, bias=False, dtype=torch.float16) for _ in range(10))
+
+
+def unet_without_content() -> comfy.model_patcher.ModelPatcher:
+    """Something as large as SD1.5's UNet in fp16, for the fake card."""
+    return comfy.model_patcher.CoreModelPatcher(_Unet(), CARD, torch.device("cpu"))

@@ -59,7 +59,7 @@ def run_case(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, torch.T
     from comfyui_moma.moma_modules.comfy_bridge.unet import check_model
     from comfyui_moma.moma_modules.subject import Subject
 
-    case = json.loads((folder / f"{name}.json").read_text())
+    case = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     inputs = load_file(folder / f"{name}.inputs.safetensors")
     trace = load_file(folder / f"{name}.trace.safetensors")
     model = tiny_model(case["unet"])

@@ -21,7 +21,8 @@ class HubFile:
         stated: What its size and checksum are stated for, if that is something else.
         large: Whether it is in the large file storage: redirected to, and with a SHA-256.
         breaks: How many of the next transfers break off halfway.
-        seconds: How long a transfer takes.
+        held_at: From this byte on a transfer waits until it is None; tests that need one under way set it, so that
+            none depends on how fast anything is.
         status: Answered instead, if not 200.
     """
 
@@ -29,7 +30,7 @@ class HubFile:
     stated: bytes | None = None
     large: bool = True
     breaks: int = 0
-    seconds: float = 0.0
+    held_at: int | None = None
     status: int = 200
 
     @property
@@ -139,12 +140,13 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 end //= 2
             self.close_connection = end < len(content)
             for i in range(0, end, CHUNK):
+                while file.held_at is not None and i >= file.held_at:
+                    time.sleep(0.01)
                 try:
                     self.wfile.write(content[i : min(i + CHUNK, end)])
                 except OSError:  # the client has gone
                     self.close_connection = True
                     return
-                time.sleep(file.seconds * CHUNK / max(len(file.content), 1))
 
         def _refuse(self, status: int, code: str, message: str) -> None:
             self._head(status, {"X-Error-Code": code, "X-Error-Message": message, "Content-Length": "0"})

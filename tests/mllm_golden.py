@@ -35,7 +35,7 @@ def compare(folder: Path) -> dict[str, Any]:
     from comfyui_moma.moma_modules.mllm.prompt import prompt_ids
     from comfyui_moma.moma_modules.reference_image import prepare_references
 
-    description = json.loads((folder / "expected.json").read_text())
+    description = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
     expected = load_file(folder / "expected.safetensors")
     mllm = load_mllm(folder / "checkpoint", "fp32", vision_heads=description.get("vision_heads"))
     references = prepare_references(_tensor(folder / "image.png", "RGB"), _tensor(folder / "mask.png", "L"))

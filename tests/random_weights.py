@@ -165,7 +165,7 @@ def _vocabulary() -> int:
     """How many tokens the tokenizer knows."""
     from sentencepiece import SentencePieceProcessor
 
-    return SentencePieceProcessor(model_file=str(TOKENIZER)).vocab_size()
+    return SentencePieceProcessor(model_proto=TOKENIZER.read_bytes()).vocab_size()
 
 
 def _llava_config(size: LlavaSize, vocabulary: int) -> dict[str, Any]:

@@ -126,9 +126,9 @@ def masks_of(model: Any, samples: torch.Tensor) -> dict[str, torch.Tensor]:
     """The subject masks of the run that gave `samples`."""
     from comfyui_moma.moma_modules.comfy_bridge.patching import settings_of
 
-    masks = settings_of(model).log.find(samples)
-    assert masks is not None
-    return masks
+    (found, *_) = [entry.subject.runs.find(samples) for entry in settings_of(model).subjects]
+    assert found is not None
+    return found.masks
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> bool:

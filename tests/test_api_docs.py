@@ -48,16 +48,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("client")
     prompt = small(api("new_context"))
     next(node for node in prompt.values() if node["class_type"] == "LoadImage")["inputs"]["image"] = "example.png"
-    (path / "new_context.json").write_text(json.dumps(prompt))
+    (path / "new_context.json").write_text(json.dumps(prompt), encoding="utf-8")
     shutil.copyfile(PHOTO, path / "photo.png")
-    (path / "personalize.py").write_text(block("python"))
+    (path / "personalize.py").write_text(block("python"), encoding="utf-8")
     return path
 
 
 def program(folder: Path, server: ComfyServer, *words: str) -> subprocess.CompletedProcess[str]:
     """Run the page's program."""
     command = [sys.executable, "personalize.py", *words, "--server", server.address, "--size", "128", "--steps", "1"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", check=False)
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -71,9 +71,8 @@ def test_curl_and_python_give_the_same_picture(server: ComfyServer, folder: Path
         cwd=folder,
         env=variables,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=False,
-        timeout=300,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     ran = program(folder, server, "photo.png", "cup", "A cup on a beach at sunset.", "out.png")
@@ -85,7 +84,7 @@ def test_curl_and_python_give_the_same_picture(server: ComfyServer, folder: Path
 def test_errors_while_it_runs_are_the_nodes_own_words(server: ComfyServer, folder: Path) -> None:
     ran = program(folder, server, "photo.png", "", "A cup.", "none.png")
     assert ran.returncode == 1 and not (folder / "none.png").exists()
-    prompt = json.loads((folder / "new_context.json").read_text())
+    prompt = json.loads((folder / "new_context.json").read_text(encoding="utf-8"))
     next(n for n in prompt.values() if n["class_type"] == "MoMAExtractSubject")["inputs"]["subject"] = ""
     with pytest.raises(ExecutionFailedError) as failure:
         server.run(prompt)
@@ -94,9 +93,9 @@ def test_errors_while_it_runs_are_the_nodes_own_words(server: ComfyServer, folde
 
 
 def test_errors_before_it_runs_are_the_nodes_own_words(server: ComfyServer, folder: Path) -> None:
-    bad = json.loads((folder / "new_context.json").read_text())
+    bad = json.loads((folder / "new_context.json").read_text(encoding="utf-8"))
     next(n for n in bad.values() if n["class_type"] == "MoMALoadAdapter")["inputs"]["adapter_name"] = "gone.th"
-    (folder / "bad.json").write_text(json.dumps(bad))
+    (folder / "bad.json").write_text(json.dumps(bad), encoding="utf-8")
     ran = program(folder, server, "photo.png", "cup", "A cup.", "none.png", "--graph", "bad.json")
     assert ran.returncode == 1
     assert "adapter_name: there is no adapter 'gone.th'. Searched:" in ran.stderr

@@ -31,7 +31,7 @@ def results(session: Session) -> dict[str, Any]:
     precisions = ["fp32", "bf16"]
     cases = {
         **{part: ["all"] for part in SHARED},
-        "mllm": mllm_part.processes(precisions, "fp32", full=False, cuda=False)[0],
+        "mllm": mllm_part.processes(precisions, full=False, cuda=False)[0],
         "memory": list(session.plan.memory_cases),
         "leak": list(PARTS["leak"].CASES),
     }
@@ -81,17 +81,18 @@ def test_parts_of_the_same_machine_stay_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "cpu.json"
     benchmark.write(path, {"machine": {"cpu": "A"}, "plan": "full", "leak": {"runs": 1}, "run": {"steps": 2}})
     benchmark.write(path, {"machine": {"cpu": "A"}, "plan": "full", "run": {"steps": 3}, "step": {"rounds": 4}})
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text(encoding="utf-8"))
     assert found["leak"] == {"runs": 1} and found["run"] == {"steps": 3}
     assert list(found) == ["machine", "plan", "step", "run", "leak"]
     benchmark.write(path, {"machine": {"cpu": "B"}, "plan": "full", "run": {"steps": 5}})
-    assert set(json.loads(path.read_text())) == {"machine", "plan", "run"}
+    assert set(json.loads(path.read_text(encoding="utf-8"))) == {"machine", "plan", "run"}
 
 
 def test_the_language_model_is_measured_in_each_precision(results: dict[str, Any]) -> None:
     small = results["mllm"]["small"]
     assert all(set(small[figure]) == {"fp32", "bf16"} for figure in ("load_s", "forward_s", "peak_mb"))
     assert all(is_positive(value) for value in small["forward_s"].values())
+    assert small["computed_in"] == {"fp32": "float32", "bf16": "bfloat16"}
     assert set(small["forward_over_arithmetic"]) == {"fp32", "bf16"}
     assert all(is_positive(ratio) for ratio in small["forward_over_arithmetic"].values())
 
@@ -101,15 +102,16 @@ def test_the_products_of_a_computation_are_counted() -> None:
     assert matrix_flops(lambda: torch.nn.functional.linear(x, weight)) == 2 * 5 * 7 * 11
 
 
-def test_a_cpu_measures_full_size_only_in_fp32_and_what_auto_takes() -> None:
-    cases = mllm_part.processes(["bf16", "fp8", "fp32"], "bf16", full=True, cuda=False)
+def test_a_cpu_measures_full_size_in_fp32_beside_bf16() -> None:
+    cases = mllm_part.processes(["bf16", "fp8", "fp32"], full=True, cuda=False)
     assert cases[1:] == [["bf16 1 layers"], ["fp32 1 layers"], ["bf16 5 layers"], ["fp32 5 layers"]]
 
 
 def test_a_few_layers_are_extrapolated_to_all() -> None:
+    one = {"load_s": 2.0, "computed_in": "float32"}
     measured = {
-        "fp32 1 layers": {"load_s": 2.0, "forward_s": 3.0, "peak_mb": 500.0, "flops": 100, "flops_per_s": 50.0},
-        "fp32 5 layers": {"load_s": 3.0, "forward_s": 5.0, "peak_mb": 700.0, "flops": 180, "flops_per_s": 40.0},
+        "fp32 1 layers": {**one, "forward_s": 3.0, "peak_mb": 500.0, "flops": 100, "flops_per_s": 50.0},
+        "fp32 5 layers": {**one, "forward_s": 5.0, "peak_mb": 700.0, "flops": 180, "flops_per_s": 40.0},
         "fp8 1 layers": {"refused": "needs a GPU"},
         "fp8 5 layers": {"refused": "needs a GPU"},
     }
@@ -119,6 +121,7 @@ def test_a_few_layers_are_extrapolated_to_all() -> None:
     assert found["peak_mb"] == {"fp32": 500.0 + 31 / 4 * 200.0}
     assert found["arithmetic_s"] == {"fp32": (100 + 31 / 4 * 80) / 50.0}
     assert found["forward_over_arithmetic"] == {"fp32": 18.5 / 14.4}
+    assert found["computed_in"] == {"fp32": "float32"}
     assert found["refused"] == {"fp8": "needs a GPU"}
 
 

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from comfyui_moma.moma_modules.comfy_bridge.patching import patched, settings_of
+from comfyui_moma.moma_modules.comfy_bridge.settings import ImageTokens, Window
 from scene import WORD_TOKENS, close, masks_of, moma, negative, positive, sample, tiny_shortcut
 
 import nodes
@@ -68,18 +70,31 @@ def test_two_areas_are_two_halves_of_one_mask(full: Any, subject: Any) -> None:
     assert float(found[:, LEFT].std()) > 0.05 and float(found[:, RIGHT].std()) > 0.05
 
 
-def test_set_mask(full: Any, subject: Any) -> None:
-    """A masked prompt is evaluated everywhere, so the subject is looked for everywhere; "mask bounds" limits it."""
+def test_set_mask(full: Any, adapter: Any, subject: Any) -> None:
+    """The subject acts where its prompt applies, as with a region_mask there; it is still looked for everywhere."""
     region = torch.zeros(1, 128, 128)
     region[..., :64] = 1
     set_mask = nodes.ConditioningSetMask().append
     inside = set_mask(positive(subject), region, "default", 1.0)[0]
     outside = set_mask(positive(seed=21), 1 - region, "default", 1.0)[0]
+    window = Window(start=0.0, region=region)
+    settings = settings_of(full).with_subject(
+        subject, adapter, image_tokens=ImageTokens(1.0, window), shortcut=tiny_shortcut(region=region)
+    )
     found = mask(full, subject, combine(inside, outside))
-    assert torch.allclose(found, mask(full, subject, positive(subject)), atol=1e-5)
+    assert torch.allclose(found, mask(patched(full, settings), subject, positive(subject)), atol=1e-5)
+    assert float(found[:, RIGHT].max()) > 0
     bounded = set_mask(positive(subject), region, "mask bounds", 1.0)[0]
     limited = mask(full, subject, combine(bounded, positive(seed=21)))
     assert float(limited[:, RIGHT].max()) == 0 and float(limited[:, LEFT].std()) > 0.05
+
+
+def test_the_other_prompts_get_nothing_of_the_subject_outside_its_mask(full: Any, model: Any, subject: Any) -> None:
+    """A prompt without the subject and everywhere, one with it and masked to nothing: the plain picture, exactly."""
+    nothing = nodes.ConditioningSetMask().append(positive(subject), torch.zeros(1, 128, 128), "default", 1.0)[0]
+    plus = combine(nothing, positive(seed=21))
+    options = {"size": SIZE, "steps": 3}
+    assert torch.equal(sample(full, plus, negative(), **options), sample(model, plus, negative(), **options))
 
 
 def test_combine_takes_the_mask_from_the_prompts_that_know(full: Any, subject: Any) -> None:

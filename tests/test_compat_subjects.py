@@ -13,7 +13,7 @@ from comfyui_moma.nodes.conditioning import MarkSubject, TextEncode
 from comfyui_moma.nodes.patches import ApplyAdapter
 from compat_rows import message
 from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
-from tiny_models import tiny_clip
+from tiny_models import seeded, tiny_clip
 
 ONE_EVALUATION = {"size": (16, 16), "steps": 2, "last_step": 1}
 
@@ -142,6 +142,31 @@ def test_any_text_encoder_can_be_marked(clip: Any, dog: Any) -> None:
     with pytest.raises(ValueError) as raised:
         MarkSubject.execute(clip, dog, stock, "a dog " * 60)
     assert "text makes 154 tokens, conditioning has 77" in str(raised.value)
+
+
+@pytest.mark.parametrize("before", [0, 64, 77])
+@pytest.mark.parametrize("behind", [0, 77])
+def test_the_text_is_found_in_a_longer_conditioning(clip: Any, dog: Any, before: int, behind: int) -> None:
+    """Behind what ELLA or Conditioning Concat put before it, in half precision too, and in every part."""
+    stock = clip.encode_from_tokens_scheduled(clip.tokenize("a dog"))[0][0]
+
+    def longer(seed: int) -> torch.Tensor:
+        others = seeded(seed, "others", (1, before + behind, stock.shape[2]))
+        return torch.cat([others[:, :before], stock, others[:, before:]], dim=1)
+
+    for conditioning in ([[longer(1), {}], [longer(2), {}]], [[longer(1).half(), {}]]):
+        marked = MarkSubject.execute(clip, dog, conditioning, "a dog").args[0]
+        assert [known[TOKENS_KEY] for _, known in marked] == [{dog.key: (before + 2,)}] * len(conditioning)
+
+
+def test_a_text_that_is_not_found_is_refused_where_others_are(clip: Any, dog: Any) -> None:
+    """With the wrong text: tokens that are not CLIP's are named; a whole number of CLIP's is taken as it is."""
+    stock = clip.encode_from_tokens_scheduled(clip.tokenize("a cat"))[0][0]
+    with pytest.raises(ValueError, match="^conditioning has 141 tokens, which are not CLIP's alone .*ELLA") as raised:
+        MarkSubject.execute(clip, dog, [[torch.cat([stock[:, :64], stock], dim=1), {}]], "a dog")
+    assert "mark the subject before that node" in str(raised.value)
+    twice = [[torch.cat([stock, stock], dim=1), {}]]
+    assert MarkSubject.execute(clip, dog, twice, "a dog").args[0][0][1][TOKENS_KEY] == {dog.key: (2,)}
 
 
 def test_a_prompt_that_knows_nothing_is_said_aloud(

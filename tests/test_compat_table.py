@@ -25,11 +25,11 @@ def _table(title: str, rows: tuple[Row, ...]) -> str:
 
 
 def test_the_document_holds_the_rows() -> None:
-    text = DOCUMENT.read_text()
+    text = DOCUMENT.read_text(encoding="utf-8")
     head = text[: text.index("\n## ")]
     expected = f"{head}\n{tables()}"
     if os.environ.get("UPDATE_SNAPSHOT"):
-        DOCUMENT.write_text(expected)
+        DOCUMENT.write_text(expected, encoding="utf-8")
         text = expected
     assert text == expected
 
@@ -38,5 +38,7 @@ def test_the_document_holds_the_rows() -> None:
 def test_every_row_is_proved_by_a_test(row: Row) -> None:
     name, function = row.test.split("::")
     path = TESTS / f"test_{name}.py"
-    assert function in {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
+    assert function in {
+        node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)
+    }
     assert row.message or row.verdict != REFUSED

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from bootstrap import ROOT
+from PIL import Image
 
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", *(ROOT / "web" / "docs").rglob("*.md")])
+PYPROJECT = ROOT / "pyproject.toml"
 LONGEST_EXECUTE = 60
 
 
@@ -34,10 +36,25 @@ def test_the_architecture_names_every_module_that_matters() -> None:
 
 
 def test_pictures_are_small_and_used() -> None:
-    texts = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    texts = "".join(page.read_text(encoding="utf-8") for page in [*PAGES, PYPROJECT])
     for path in [*(ROOT / "docs" / "images").iterdir(), *(ROOT / "web" / "docs" / "images").iterdir()]:
         assert path.stat().st_size < 400_000, path.name
         assert path.name in texts, f"no page shows {path.name}"
+
+
+def test_the_registry_gets_an_icon_and_a_banner() -> None:
+    """An icon of at most 400x400, a banner of 21:9, from the repository."""
+    text = PYPROJECT.read_text(encoding="utf-8")
+    repository = re.search(r'^Repository = "https://github.com/(.+)"$', text, re.MULTILINE)
+    assert repository is not None
+    sizes = {}
+    for name in ("Icon", "Banner"):
+        address = f"https://raw.githubusercontent.com/{repository[1]}/main/"
+        found = re.search(rf'^{name} = "{address}(.+)"$', text, re.MULTILINE)
+        assert found is not None, name
+        sizes[name] = Image.open(ROOT / found[1]).size
+    assert max(sizes["Icon"]) <= 400
+    assert sizes["Banner"][0] * 9 == sizes["Banner"][1] * 21
 
 
 def test_the_method_knows_nothing_of_nodes_or_the_server() -> None:

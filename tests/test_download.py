@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -15,9 +16,10 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
+from bootstrap import ROOT
 from comfyui_moma.moma_modules.comfy_bridge import folders
 from comfyui_moma.moma_modules.comfy_bridge.download import download_mllm
-from comfyui_moma.moma_modules.download.client import WORKER, fetch
+from comfyui_moma.moma_modules.download.client import WORKER, fetch, start_options
 from comfyui_moma.moma_modules.release import ADAPTER_FILE, ADAPTER_NAME, FOLDER, MLLM_FILES, REPOSITORY
 from comfyui_moma.nodes.loaders import LoadAdapter, LoadMllm
 from hub_server import COMMIT, HubFile, HubServer
@@ -66,8 +68,14 @@ def names(folder: Path) -> set[str]:
 
 def test_just_the_needed_files_are_fetched_and_only_once(hub: HubServer, long: HubFile, folder: Path) -> None:
     seen: list[tuple[int, int, str]] = []
-    long.seconds = 1.5
-    fetch(folder, list(MLLM_FILES), lambda *now: seen.append(now))
+    long.held_at = PIECE + PIECE // 2
+
+    def note(done: int, total: int, text: str) -> None:
+        seen.append((done, total, text))
+        if text == BIG and done > PIECE:
+            long.held_at = None
+
+    fetch(folder, list(MLLM_FILES), note)
     assert names(folder) == set(MLLM_FILES)
     assert all((folder / name).read_bytes() == hub.files[name].content for name in MLLM_FILES)
     assert not any("other.bin" in request.path or ADAPTER_FILE in request.path for request in hub.requests)
@@ -75,8 +83,8 @@ def test_just_the_needed_files_are_fetched_and_only_once(hub: HubServer, long: H
         COMMIT in request.path for request in hub.requests if request.method == "GET" and "resolve" in request.path
     )
     total = sum(len(hub.files[name].content) for name in MLLM_FILES)
-    assert seen[-1] == (total, total, "Done") and len({done for done, _, _ in seen}) > 3
-    assert any(text == BIG for _, _, text in seen)
+    assert seen[-1] == (total, total, "Done")
+    assert any(text == BIG and PIECE < done < total for done, _, text in seen)
     asked = len(hub.requests)
     fetch(folder, list(MLLM_FILES), ignore)
     assert len(hub.requests) == asked
@@ -90,7 +98,7 @@ def test_a_broken_connection_is_taken_up_where_it_broke(hub: HubServer, long: Hu
 
 
 def test_cancel_keeps_what_has_arrived_and_the_next_try_goes_on(hub: HubServer, long: HubFile, folder: Path) -> None:
-    long.seconds = 5.0
+    long.held_at = PIECE + PIECE // 2
 
     def cancel(done: int, total: int, text: str) -> None:
         if done:
@@ -98,7 +106,7 @@ def test_cancel_keeps_what_has_arrived_and_the_next_try_goes_on(hub: HubServer, 
 
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         fetch(folder, [BIG], cancel)
-    long.seconds = 0.0
+    long.held_at = None
     assert not (folder / BIG).exists()
     fetch(folder, [BIG], ignore)
     assert (folder / BIG).read_bytes() == long.content and names(folder) == {BIG}
@@ -106,18 +114,17 @@ def test_cancel_keeps_what_has_arrived_and_the_next_try_goes_on(hub: HubServer, 
     assert first == 0 < again <= 2 * PIECE
 
 
-def test_a_stalled_hub_can_be_cancelled_within_a_second(hub: HubServer, folder: Path) -> None:
-    hub.files[BIG].seconds = 1e6  # a little, then silence
-    asked: list[float] = []
+def test_a_stalled_hub_can_be_cancelled(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although nothing arrives, and the connection does not time out: that it ends at all is what is tested."""
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "1000000")
+    hub.files[BIG].held_at = 1  # a little, then silence
 
     def cancel(done: int, total: int, text: str) -> None:
         if hub.sent(f"store/{BIG}"):
-            asked.append(time.monotonic())
             raise comfy.model_management.InterruptProcessingException
 
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         fetch(folder, [BIG], cancel)
-    assert time.monotonic() - asked[0] < 3.0
 
 
 @pytest.mark.parametrize("large", [True, False])
@@ -185,12 +192,13 @@ def test_a_small_disk_is_told_before_anything_is_fetched(hub: HubServer, small_d
 
 
 def test_a_disk_that_fills_up_is_told_and_what_is_there_is_kept(hub: HubServer, small_disk: Path) -> None:
-    hub.files[BIG].seconds = 1.0
+    hub.files[BIG].held_at = 1
     filler = small_disk / "filler"
 
     def fill(done: int, total: int, text: str) -> None:
         if text == BIG and not filler.exists():
             filler.write_bytes(b"0" * 700_000)
+            hub.files[BIG].held_at = None
 
     with pytest.raises(
         RuntimeError, match=r"^download: The disk of .*MoMA_llava_7b is full\. Make room; what is there is"
@@ -202,16 +210,23 @@ def test_a_disk_that_fills_up_is_told_and_what_is_there_is_kept(hub: HubServer, 
 
 
 def test_two_processes_fetch_a_file_once(hub: HubServer, folder: Path) -> None:
-    hub.files[BIG].seconds = 3.0
+    hub.files[BIG].held_at = 1
     failures: list[BaseException] = []
+    texts = ["", ""]
 
-    def run() -> None:
+    def run(number: int) -> None:
+        def note(done: int, total: int, text: str) -> None:
+            texts[number] = text
+            if set(texts) == {BIG, f"Waiting for another process that fetches {BIG}"}:
+                hub.files[BIG].held_at = None
+
         try:
-            fetch(folder, [BIG], ignore)
+            fetch(folder, [BIG], note)
         except RuntimeError as error:
             failures.append(error)
+            hub.files[BIG].held_at = None
 
-    threads = [threading.Thread(target=run) for _ in range(2)]
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -221,19 +236,49 @@ def test_two_processes_fetch_a_file_once(hub: HubServer, folder: Path) -> None:
     assert hub.sent(f"store/{BIG}") == [0]
 
 
+def test_windows_opens_no_console_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing that window would end the download."""
+    monkeypatch.setenv("HF_HOME", "x")
+    assert start_options("win32")["creationflags"] & 0x08000000  # CREATE_NO_WINDOW
+    assert not start_options("win32")["creationflags"] & 0x00000018  # DETACHED_PROCESS, CREATE_NEW_CONSOLE
+    if sys.platform == "win32":
+        assert start_options("win32")["creationflags"] == subprocess.CREATE_NO_WINDOW
+    assert "start_new_session" not in start_options("win32")
+    for platform in ("linux", "darwin"):
+        assert start_options(platform)["start_new_session"] and "creationflags" not in start_options(platform)
+    assert all(start_options(platform)["env"]["HF_HOME"] == "x" for platform in ("win32", "linux"))
+
+
+def test_it_runs_in_comfyuis_python_without_a_shell() -> None:
+    """With the switch of the portable ComfyUI, which leaves the user's own packages out."""
+    code = "import sys; from moma_modules.download.client import worker_command; print(worker_command('{}'))"
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    for switches in ([], ["-s"]):
+        command = [sys.executable, *switches, "-c", code]
+        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, encoding="utf-8", check=True)
+        assert done.stdout.strip() == repr([sys.executable, *switches, str(WORKER), "{}"])
+
+
+def test_only_the_download_starts_a_process() -> None:
+    """What scanners of node packs look for, in one known place."""
+    starts = re.compile(
+        r"subprocess|multiprocessing|os\.(?:system|popen|spawn|exec|startfile)|(?<![.\w])(?:eval|exec)\("
+    )
+    files = [*(ROOT / "moma_modules").rglob("*.py"), *(ROOT / "nodes").rglob("*.py"), ROOT / "__init__.py"]
+    assert [path.name for path in files if starts.search(path.read_text("utf-8"))] == ["client.py"]
+
+
 def test_the_worker_ends_with_the_process_that_started_it(hub: HubServer, folder: Path) -> None:
-    hub.files[BIG].seconds = 60.0
+    hub.files[BIG].held_at = 1
     code = (
         "import subprocess, sys, json, os, time\n"
         f"job = json.dumps({{'repository': {REPOSITORY!r}, 'folder': {str(folder)!r}, 'files': [{BIG!r}]}})\n"
         f"p = subprocess.Popen([sys.executable, {str(WORKER)!r}, job], stdin=-1, stdout=-1)\n"
         "p.stdout.readline(); print(p.pid, flush=True); os._exit(0)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    deadline = time.monotonic() + 5
-    while _runs(int(done.stdout)) and time.monotonic() < deadline:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
+    while _runs(int(done.stdout)):  # if it did not end, neither would this
         time.sleep(0.05)
-    assert not _runs(int(done.stdout))
 
 
 def _runs(pid: int) -> bool:
@@ -241,17 +286,7 @@ def _runs(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 1 MB: a file system of its own, which needs root to be made."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", str(place)], check=True)
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").split()[2] != "Z"
 
 
 @pytest.fixture

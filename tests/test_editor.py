@@ -1,12 +1,13 @@
 """The editor in a headless Chromium: workflows, blueprint, help pages, languages and errors as a person meets them."""
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from bootstrap import ROOT, comfyui_path
-from browser import SETTINGS, Editor, open_browser, open_editor
+from browser import SETTINGS, WAIT, Editor, open_browser, open_editor
 from comfy_server import ComfyServer, PromptRefusedError
 from comfyui_source import cache_dir
 from random_weights import adapter_file, llava_folder, sd15_checkpoint
@@ -14,6 +15,9 @@ from workflow_files import API, BIREFNET, CONTROLNET, LORA, NAMES, api, workflow
 
 pytestmark = [pytest.mark.server, pytest.mark.browser, pytest.mark.slow]
 SUBJECT = "cup_00001_.safetensors"
+SAVED = "new_context_00001_.png"
+RUNS, NEVER_RUNS = 0, 2
+"""Modes of a node."""
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +69,19 @@ def test_a_workflow_opens_as_it_was_meant(editor: Editor, name: str) -> None:
     assert {n: node["_meta"]["title"] for n, node in prompt.items()} == {
         n: node["_meta"]["title"] for n, node in api(name).items()
     }
+    if editor.has_app_view():
+        with editor.app_view() as asked:
+            assert asked == [text for _, text in workflow(name)["extra"]["linearData"]["inputs"]]
     assert editor.errors == []
+
+
+def test_a_workflow_of_before_an_input_keeps_its_default(editor: Editor) -> None:
+    old = workflow("new_context")
+    (node,) = [node for node in old["nodes"] if node["type"] == "MoMAExtractSubject"]
+    node["inputs"] = [slot for slot in node["inputs"] if slot["name"] != "mask_threshold"]
+    node["widgets_values"] = node["widgets_values"][:4]
+    editor.load(old, "old")
+    assert content(editor.prompt()) == content(api("new_context"))
 
 
 def test_the_blueprint_is_offered_and_opens(server: ComfyServer, editor: Editor) -> None:
@@ -74,7 +90,7 @@ def test_the_blueprint_is_offered_and_opens(server: ComfyServer, editor: Editor)
     editor.errors.clear()
     editor.add_by_search(entry["name"])
     prompt = editor.prompt()
-    committed = json.loads((API / "blueprint" / "personalize.json").read_text())
+    committed = json.loads((API / "blueprint" / "personalize.json").read_text(encoding="utf-8"))
     outer = next(iter(prompt)).partition(":")[0]
     inside = json.loads(json.dumps(committed).replace('"1:', f'"{outer}:'))
     assert content(prompt) == content(inside)
@@ -83,12 +99,49 @@ def test_the_blueprint_is_offered_and_opens(server: ComfyServer, editor: Editor)
     assert editor.errors == []
 
 
+def test_the_blueprint_has_its_widgets_and_keeps_them(editor: Editor) -> None:
+    """Opened as a file, changed, saved and opened again."""
+    (path,) = (ROOT / "subgraphs").glob("*.json")
+    blueprint = json.loads(path.read_text(encoding="utf-8"))
+    (node,) = blueprint["nodes"]
+    names = [entry["name"] for entry in node["inputs"] if "widget" in entry]
+    values = dict(zip(names, node["widgets_values"], strict=True))
+    editor.errors.clear()
+    editor.load(blueprint, "blueprint")
+    assert editor.widgets(node["type"]) == values
+    script = "() => { app.graph.nodes[0].widgets.find(w => w.name === 'prompt').value = 'A cup in the snow.' }"
+    editor.page.evaluate(script)
+    editor.load(editor.saved(), "again")
+    assert editor.widgets(node["type"]) == {**values, "prompt": "A cup in the snow."}
+    (extract,) = [n for n in editor.prompt().values() if n["class_type"] == "MoMAExtractSubject"]
+    assert (extract["inputs"]["subject"], extract["inputs"]["prompt"]) == ("cup", "A cup in the snow.")
+    assert editor.errors == []
+
+
+def test_the_app_view_shows_what_is_saved(editor: Editor) -> None:
+    """Of a graph that saves what it loads, as the view does not know where a picture came from."""
+    if not editor.has_app_view():
+        pytest.skip("this editor has no app view of chosen inputs and outputs")
+    graph = workflow("new_context")
+    save, load = ({node["type"]: node for node in graph["nodes"]}[kind] for kind in ("SaveImage", "LoadImage"))
+    (link,) = [link for link in graph["links"] if link[3] == save["id"]]
+    link[1:3] = [load["id"], 0]
+    for node in graph["nodes"]:
+        node["mode"] = RUNS if node in (save, load) else NEVER_RUNS
+    editor.load(graph, "app")
+    with editor.app_view():
+        picture = editor.page.get_by_test_id("linear-center-panel").locator(f"img[src*='{SAVED}']").first
+        assert picture.count() == 0
+        editor.queue(WAIT)
+        picture.wait_for(timeout=WAIT)
+
+
 def test_a_help_page_opens_with_its_picture(server: ComfyServer, browser: Any) -> None:
     with open_editor(browser, server.address) as editor:
         editor.load(workflow("new_context"), "help")
         editor.open_help("MoMASelfAttnShortcut")
         picture = editor.page.locator("img[src*='MoMASelfAttnShortcut.png']").first
-        picture.wait_for(timeout=20_000)
+        picture.wait_for(timeout=WAIT)
         assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") > 200
 
 
@@ -127,7 +180,7 @@ def test_the_editor_speaks_the_users_language(server: ComfyServer, browser: Any,
             editor.open_help("MoMASelfAttnShortcut")
             page = (ROOT / "web" / "docs" / "MoMASelfAttnShortcut" / f"{locale}.md").read_text(encoding="utf-8")
             sentence = page.split("\n\n")[1].replace("\n", " ")[:12]
-            editor.page.get_by_text(sentence).first.wait_for(timeout=20_000)
+            editor.page.get_by_text(sentence).first.wait_for(timeout=WAIT)
     finally:
         server.post("/settings", SETTINGS)
 
@@ -139,7 +192,7 @@ def test_an_error_says_the_same_in_the_editor_and_to_an_api_client(server: Comfy
     node["widgets_values"] = ["gone.th"]
     editor.load(bad, "bad")
     editor.page.evaluate("() => app.queuePrompt(0)")
-    editor.page.wait_for_function("() => Object.keys(app.lastNodeErrors ?? {}).length", timeout=20_000)
+    editor.page.wait_for_function("() => Object.keys(app.lastNodeErrors ?? {}).length", timeout=WAIT)
     shown = editor.page.evaluate("() => app.lastNodeErrors")
     prompt = api("new_context")
     prompt[str(node["id"])]["inputs"]["adapter_name"] = "gone.th"
@@ -151,6 +204,56 @@ def test_an_error_says_the_same_in_the_editor_and_to_an_api_client(server: Comfy
     editor.close_dialogs()
 
 
+def extraction_only(editor: Editor, subject: str, prompt: str, template: str = "{subject}. {prompt}") -> None:
+    """The new_context workflow with these texts, down to the text that MoMA Text Encode gives."""
+    shown = workflow("new_context")
+    for node in shown["nodes"]:
+        if node["type"] == "MoMAExtractSubject":
+            node["widgets_values"][:2] = [subject, prompt]
+        elif node["type"] == "MoMATextEncode":
+            node["widgets_values"][1] = template
+    editor.load(shown, "choices")
+    editor.page.evaluate(
+        """() => {
+            const kinds = ['CheckpointLoaderSimple', 'LoadImage', 'MoMALoadMLLM', 'MoMALoadAdapter',
+                           'MoMAExtractSubject', 'MoMATextEncode']
+            app.graph.nodes.filter(node => !kinds.includes(node.type)).forEach(node => app.graph.remove(node))
+            const encode = app.graph.nodes.find(node => node.type === 'MoMATextEncode')
+            const preview = LiteGraph.createNode('PreviewAny')
+            app.graph.add(preview)
+            encode.connect(1, preview, 0)
+        }"""
+    )
+
+
+def test_a_choice_is_made_once_for_a_run(server: ComfyServer, editor: Editor) -> None:
+    """The editor passes it on as it is written; each run chooses, for word, prompt and encoded text alike."""
+    extraction_only(editor, "{cup|mug}", "A {cup|mug} in {snow|rain}.")
+    expected = {f"{thing}. A {thing} in {weather}." for thing in ("cup", "mug") for weather in ("snow", "rain")}
+    editor.queue(120_000)
+    (entry,) = json.loads(server.get("/history?max_items=1")).values()
+    prompt = editor.prompt()
+    (preview,) = [name for name, node in prompt.items() if node["class_type"] == "PreviewAny"]
+    assert entry["outputs"][preview]["text"][0] in expected
+    assert "A {cup|mug} in {snow|rain}." in [node["inputs"].get("prompt") for node in prompt.values()]
+    texts = {server.run(prompt).outputs[preview]["text"][0] for _ in range(12)}  # as an API client would
+    assert texts <= expected and len(texts) > 1
+
+
+def test_a_missing_word_is_seen_in_app_mode(editor: Editor) -> None:
+    """Where no node is shown, and so no text on one."""
+    extraction_only(editor, "cup", "A beach.", "{prompt}")
+    editor.page.evaluate("() => { app.extensionManager.workflow.activeWorkflow.activeMode = 'app' }")
+    try:
+        editor.page.wait_for_selector("[data-testid=linear-center-panel]", timeout=20_000)
+        editor.queue(120_000)
+        notice = editor.page.locator(".p-toast-message", has_text="the subject 'cup' is not among the words").first
+        notice.wait_for(timeout=20_000)
+        assert "Say the subject word in the prompt" in notice.inner_text()
+    finally:
+        editor.page.evaluate("() => { app.extensionManager.workflow.activeWorkflow.activeMode = 'graph' }")
+
+
 def test_a_missing_file_is_offered_for_download(server: ComfyServer, browser: Any) -> None:
     """From the models' addresses in the workflow's nodes; that the sizes cannot be asked for is no error of ours."""
     (server.base / "models" / BIREFNET).unlink()
@@ -158,10 +261,17 @@ def test_a_missing_file_is_offered_for_download(server: ComfyServer, browser: An
         with open_editor(browser, server.address) as editor:
             editor.errors.clear()
             editor.load(workflow("auto_mask"), "auto_mask")
-            editor.page.get_by_text("View details").first.click()
-            editor.page.get_by_text("Missing Models").first.wait_for(timeout=20_000)
-            shown = editor.page.evaluate("() => document.body.innerText")
-            assert "birefnet.safetensors\nbackground_removal\nDownload" in shown
+            # ComfyUI 0.16's editor says it at once, later ones first show that something is missing.
+            said = editor.page.get_by_text("Missing Models").first
+            editor.page.get_by_text("View details").or_(said).first.click()
+            said.wait_for(timeout=WAIT)
+            shown = editor.page.evaluate("() => document.body.innerText").split("Missing Models")[1]
+            assert re.search(
+                r"birefnet\.safetensors\s+background_removal\s+Download"
+                r"|background_removal / birefnet\.safetensors\s+Download",
+                shown,
+            )
+            assert "attn_adapters_projectors" not in shown  # it is there
             assert editor.errors == []
     finally:
         (server.base / "models" / BIREFNET).touch()

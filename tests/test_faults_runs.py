@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 from comfyui_moma.moma_modules.comfy_bridge.patching import settings_of
+from comfyui_moma.moma_modules.comfy_bridge.run_log import MOST_RUNS, FinishedRun
 from comfyui_moma.moma_modules.mllm.encode import subject_hidden_state
 from comfyui_moma.moma_modules.mllm.model import load_mllm
 from scene import masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
@@ -173,7 +174,7 @@ def test_after_a_failure_the_next_run_is_that_of_a_fresh_process(model: Any) -> 
         run(patched, subject)
     variables = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-c", FRESH_PROCESS]
-    other = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    other = subprocess.run(command, env=variables, capture_output=True, encoding="utf-8", check=True)
     assert other.stdout.split()[-1] == digest(run(patched, subject))
 
 
@@ -228,7 +229,10 @@ def growth(patched: Any, subject: Any, runs: int) -> dict[str, int]:
 def test_200_runs_leave_no_more_than_20(model: Any) -> None:
     patched, subject = full(model, tiny_adapter())
     first = run(patched, subject, steps=1)
-    for seed in range(20):  # the log of masks is full after 16
+    for seed in range(MOST_RUNS):  # until the log of masks is full
+        finished = FinishedRun.of((subject.key,), torch.zeros(1, 1, 8, 8), 1, [])
+        subject.runs.record(torch.full((1, 4, 8, 8), float(seed)), finished)
+    for seed in range(20):
         run(patched, subject, steps=1, seed=seed)
     # Every load of a cloned MODEL leaves a finalizer of ComfyUI's behind, MoMA or not.
     comfyui = growth(model.clone(), subject, runs=20)

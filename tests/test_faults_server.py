@@ -44,7 +44,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     torch.save({"lora_unet_x.lora_up.weight": torch.zeros(2, 2)}, models / "lora.th")
     save_file({"projectors.proj.weight": torch.zeros(2, 2)}, models / "part.safetensors")
     (models / "header.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
-    (subjects / "page.safetensors").write_text("<html>404</html>")
+    (subjects / "page.safetensors").write_text("<html>404</html>", encoding="utf-8")
     save_file({"x": torch.zeros(1)}, subjects / "lora.safetensors")
     entries = {"format": "moma_subject", "version": "99"}
     save_file({"x": torch.zeros(1)}, subjects / "future.safetensors", entries)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from bootstrap import ROOT
 from comfyui_moma.moma_modules.adapter import load_adapter
-from comfyui_moma.moma_modules.adapter_file import convert_adapter, is_adapter_safetensors, read_adapter
+from comfyui_moma.moma_modules.adapter_file import convert_adapter, read_adapter
+from comfyui_moma.moma_modules.file_kinds import ADAPTER, kind_of
 from comfyui_moma.moma_modules.files import locked
 from comfyui_moma.moma_modules.subject import load_subject, save_subject
 from comfyui_moma.nodes.subject import SaveSubject
@@ -39,11 +40,11 @@ def test_the_converted_adapter_is_the_same(adapter_path: Path) -> None:
     target = adapter_path.with_suffix(".safetensors")
     before = adapter_path.read_bytes()
     command = [sys.executable, "-m", "moma_modules.convert_adapter", str(adapter_path), str(target)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0 and target.name in done.stdout, done.stderr
     assert adapter_path.read_bytes() == before and not list(adapter_path.parent.glob("*.part"))
     old, new = read_adapter(adapter_path), read_adapter(target)
-    assert is_adapter_safetensors(target) and new.identity == old.identity and new.scales == old.scales
+    assert kind_of(target) == ADAPTER and new.identity == old.identity and new.scales == old.scales
     assert old.tensors.keys() == new.tensors.keys()
     assert all(torch.equal(old.tensors[key], new.tensors[key]) for key in old.tensors)
     assert {tensor.dtype for tensor in new.tensors.values()} == {torch.float16}
@@ -97,7 +98,10 @@ def _edit(change: Callable[[Groups], Any]) -> Callable[[Path], None]:
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (lambda path: path.write_bytes(path.read_bytes()[:2000]), r"is not a readable PyTorch file \(trunc"),
-    "text": (lambda path: path.write_text("<html>not found</html>"), "was refused: it is truncated, not a PyTorch"),
+    "text": (
+        lambda path: path.write_text("<html>not found</html>", encoding="utf-8"),
+        "was refused: it is truncated, not a PyTorch",
+    ),
     "a list": (lambda path: torch.save([1], path), "holds a list, not the groups of a MoMA adapter"),
     "group": (_edit(lambda g: g.pop("llm_mapping")), r"group 'llm_mapping' is missing \(found: projectors"),
     "key": (_edit(lambda g: g["self_cross_attentions"].pop("7.to_v_ip.weight")), r"'self_cross_.*7\.to_v_ip\.weight'"),

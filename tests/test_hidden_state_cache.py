@@ -65,6 +65,21 @@ def test_another_model_or_precision_is_computed(cache: HiddenStateCache, folder:
     assert ask(cache, load_mllm(llava_folder(tmp_path / "other", SMALL_LLAVA.with_layers(3)), "fp32"))[1]
 
 
+def test_results_of_another_format_are_not_used(
+    cache: HiddenStateCache, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Format 1 held what bf16 and fp16 gave while part of the forward ran in fp32."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(hidden_state_cache, "_FORMAT", "moma hidden state 1")
+        earlier.setattr(hidden_state_cache, "subject_hidden_state", lambda *_: torch.full((1, HIDDEN), 7.0))
+        kept, _ = ask(cache, load_mllm(folder, "bf16"))
+    assert kept.eq(7).all() and len(list(cache.folder.iterdir())) == 1
+    ours, loaded = ask(cache, load_mllm(folder, "bf16"))
+    assert loaded and not ours.eq(7).any()
+    assert len(list(cache.folder.iterdir())) == 2
+    assert torch.equal(ask(cache, load_mllm(folder, "bf16"))[0], ours)
+
+
 @pytest.mark.parametrize("damage", [b"", b"noise", None])
 def test_a_damaged_file_is_replaced(cache: HiddenStateCache, folder: Path, damage: bytes | None) -> None:
     expected, _ = ask(cache, load_mllm(folder))
@@ -93,7 +108,7 @@ def test_the_longest_unused_go_first(cache: HiddenStateCache, folder: Path, monk
 
 
 def test_an_unwritable_folder_is_a_warning(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
     hidden, _ = ask(HiddenStateCache(tmp_path / "file"), load_mllm(folder))
     assert hidden.isfinite().all()
     assert "could not keep a hidden state in" in caplog.text

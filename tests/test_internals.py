@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import os
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from bootstrap import ROOT, comfyui_path
 
 TABLE = ROOT / "docs" / "comfyui_internals.md"
+UNET = "diffusionmodules.openaimodel.UNetModel"
 COMFYUI = ("comfy", "comfy_api", "comfy_execution", "folder_paths", "execution", "server", "latent_preview")
 
 
@@ -90,6 +92,14 @@ def test_the_method_itself_needs_no_comfyui() -> None:
 @pytest.mark.parametrize("name", sorted(set().union(*named().values())))
 def test_it_is_there_in_this_comfyui(name: str) -> None:
     assert _found(name) is not None
+
+
+@pytest.mark.parametrize("part", ["attention.BasicTransformerBlock", "attention.SpatialTransformer", UNET])
+def test_a_forward_of_the_unet_is_neither_replayed_nor_in_memory_that_ends_with_it(part: str) -> None:
+    """ComfyUI's compiler does both to other models since 0.34; see "Newer releases" in the table's page."""
+    module, _, name = part.rpartition(".")
+    source = inspect.getsource(getattr(importlib.import_module(f"comfy.ldm.modules.{module}"), name))
+    assert not [word for word in ("malloc_graph", "malloc_scope", "enable_graph", "CUDAGraph") if word in source]
 
 
 def _names_of_the_server() -> set[str]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import comfy.model_management
 import numpy as np
 import pytest
 import torch
+from bootstrap import AT_START
 from comfyui_moma.moma_modules.mllm.checkpoint import find_checkpoints
 from comfyui_moma.moma_modules.mllm.encode import subject_hidden_state
 from comfyui_moma.moma_modules.mllm.model import load_mllm
@@ -41,9 +43,9 @@ def hidden(mllm: Any, word: str = "car", prompt: str = "A car.") -> torch.Tensor
 
 def edit_config(**changes: Any) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text()) | changes
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | changes
         kept = {key: value for key, value in config.items() if value != "remove"}
-        (folder / "config.json").write_text(json.dumps(kept))
+        (folder / "config.json").write_text(json.dumps(kept), encoding="utf-8")
 
     return edit
 
@@ -56,11 +58,11 @@ def edit_shard(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[P
         before = set(weights)
         change(weights)
         torch.save(weights, folder / SHARD)
-        index = json.loads((folder / INDEX).read_text())
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         for key in before - set(weights):
             del index["weight_map"][key]
         index["weight_map"] |= dict.fromkeys(weights, SHARD)
-        (folder / INDEX).write_text(json.dumps(index))
+        (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
 
     return edit
 
@@ -114,7 +116,7 @@ def test_a_broken_folder_is_refused_by_name(folder: Path, kind: str) -> None:
 
 
 def test_an_unreadable_config_is_refused(folder: Path) -> None:
-    (folder / "config.json").write_text('{"hidden_size": ')
+    (folder / "config.json").write_text('{"hidden_size": ', encoding="utf-8")
     with pytest.raises(ValueError, match=r"config\.json is not readable JSON \(truncated download\?\)"):
         load(folder)
 
@@ -130,6 +132,13 @@ def test_code_in_a_shard_is_not_run(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"was refused: .*holds code instead of weights"):
         load(folder)
     assert not target.exists()
+
+
+def test_what_only_a_look_needs_is_not_imported_at_start() -> None:
+    hidden(load(CHECKPOINT))
+    needed = {f"transformers.models.{name}.modeling_{name}" for name in ("llama", "clip")}
+    assert needed <= set(sys.modules) and "comfyui_moma.nodes" in AT_START
+    assert not AT_START & {*needed, "bitsandbytes"}
 
 
 def test_old_style_shards_load_alike(folder: Path) -> None:
@@ -182,8 +191,8 @@ def _with_server_progress(call: Callable[[], Any]) -> Any:
 
 
 def test_the_recorded_prompts_tokenise_alike() -> None:
-    recorded = json.loads((DATA / "tokens_tiny.json").read_text())
-    tokenizer = SentencePieceProcessor(model_file=str(CHECKPOINT / "tokenizer.model"))
+    recorded = json.loads((DATA / "tokens_tiny.json").read_text(encoding="utf-8"))
+    tokenizer = SentencePieceProcessor(model_proto=(CHECKPOINT / "tokenizer.model").read_bytes())
     by_design = {*recorded["special_token_literals_idx"], *recorded["image_literal_idx"]}
     for i, text in enumerate(recorded["prompts"]):
         ids = prompt_ids(tokenizer, text, text)
@@ -205,7 +214,7 @@ def test_folders_are_found_by_relative_name(tmp_path: Path) -> None:
     (two / "MoMA_llava_7b").symlink_to(CHECKPOINT)
     for path in (one / "a" / "b" / "c" / "d" / "too_deep", one / "other"):
         path.mkdir(parents=True)
-        (path / "config.json").write_text('{"model_type": "bert"}' if path.name == "other" else "{}")
+        (path / "config.json").write_text('{"model_type": "bert"}' if path.name == "other" else "{}", encoding="utf-8")
     (one / "loop").symlink_to(one)
     found = find_checkpoints([one, two])
     assert {name: found[name] for name in places} == places

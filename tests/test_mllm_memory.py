@@ -5,7 +5,6 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import comfy.memory_management
 import comfy.model_management
 import comfy.ops
 import comfy.utils
+import memory_table
 import numpy as np
 import psutil
 import pytest
@@ -24,13 +24,16 @@ from comfyui_moma.moma_modules.mllm.identity import checkpoint_identity
 from comfyui_moma.moma_modules.mllm.leaves import CastLinear
 from comfyui_moma.moma_modules.mllm.model import LoadedMllm, Mllm, load_checkpoint, load_mllm
 from comfyui_moma.moma_modules.mllm.precision import Plan
-from fake_device import CARD, fake_card
+from fake_device import CARD, fake_card, managed, unet_without_content, without_content
 from random_weights import llava_folder
 from tiny_models import tiny_model
 
 STORAGES = [None, "fp8", "8-bit", "4-bit"]
 BUDGETS = [0.1, 0.2, 0.5, 0.8, 1e32]
 """Of the model's size; 0.1 bytes is what ComfyUI gives with --novram, 1e32 everything."""
+
+REQUESTED = "Requested to load MllmModule"
+"""What ComfyUI logs whenever a model is not on its device yet."""
 
 CONSTANTS = 1024
 """Bytes of position numbers and rotary frequencies, which ComfyUI does not count."""
@@ -100,18 +103,6 @@ def test_every_operand_is_on_the_card_at_every_budget(folder: Path, storage: str
             assert {tensor.device.type for tensor in tensors} == {"cpu"}
 
 
-def without_content(checkpoint: Checkpoint) -> Checkpoint:
-    """The same weights, as fake tensors on the CPU."""
-    parts = ("language", "vision", "projector")
-    return replace(
-        checkpoint,
-        **{
-            part: {key: torch.empty_like(value, device="cpu") for key, value in getattr(checkpoint, part).items()}
-            for part in parts
-        },
-    )
-
-
 def test_a_card_gives_back_the_pages_of_the_file(folder: Path) -> None:
     with fake_card():
         loaded = load_checkpoint(without_content(read_checkpoint(folder)), Plan(None, torch.bfloat16, ""), CARD)
@@ -123,10 +114,17 @@ def test_a_card_gives_back_the_pages_of_the_file(folder: Path) -> None:
         assert leaf.weight.data.untyped_storage()._cdata == before.untyped_storage()._cdata
 
 
+def on_a_card(folder: Path, precision: str) -> Mllm:
+    """A handle whose weights, without content, are for the fake card. Within `fake_card`."""
+    handle = load_mllm(folder, precision)
+    vars(handle)["loaded"] = load_checkpoint(without_content(read_checkpoint(folder)), handle.plan, CARD)
+    return handle
+
+
 def test_cancelling_on_the_way_to_the_card_brings_all_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with fake_card() as usage:
-        checkpoint = without_content(read_checkpoint(folder))
-        loaded = load_checkpoint(checkpoint, Plan(None, torch.bfloat16, ""), CARD)
+        managed(monkeypatch, usage, 24 * 10**9)
+        handle = on_a_card(folder, "bf16")
         moved: list[int] = []
         move = CastLinear._apply
 
@@ -135,19 +133,41 @@ def test_cancelling_on_the_way_to_the_card_brings_all_back(folder: Path, monkeyp
             comfy.model_management.interrupt_current_processing(len(moved) == 5)
             return move(self, *args)
 
-        def bring(models: list[Any]) -> None:
-            models[0].partially_load(CARD, 1e32)
-
         monkeypatch.setattr(CastLinear, "_apply", cancel_at_the_fifth)
-        monkeypatch.setattr(comfy.model_management, "load_models_gpu", bring)
-        handle = replace(load_mllm(folder, "bf16"))
-        vars(handle)["loaded"] = loaded
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             encode(handle)
-        assert moved[4] > 0 and usage.current == 0 and loaded.patcher.loaded_size() == 0
-        loaded.patcher.partially_load(CARD, 1e32)
-        assert loaded.patcher.loaded_size() == loaded.patcher.model_size()
-        assert 0 <= usage.current - loaded.patcher.loaded_size() <= CONSTANTS
+        patcher = handle.loaded.patcher
+        assert moved[4] > 0 and usage.current == 0 and patcher.loaded_size() == 0
+        assert patcher not in loaded_now()
+        encode(handle)
+        assert patcher in loaded_now() and patcher.loaded_size() == patcher.model_size()
+        assert 0 <= usage.current - patcher.loaded_size() <= CONSTANTS
+        comfy.model_management.free_memory(1e30, CARD)
+
+
+def loaded_now() -> list[Any]:
+    """What is in ComfyUI's list of models."""
+    return [m.model for m in comfy.model_management.current_loaded_models]
+
+
+@pytest.mark.parametrize("card", [8, 24])
+def test_it_makes_room_on_the_card_for_sampling(monkeypatch: pytest.MonkeyPatch, card: int) -> None:
+    """At the published size: a look, a UNet that needs 2 GB to compute, another look, loaded as ComfyUI does it."""
+    with fake_card() as usage:
+        managed(monkeypatch, usage, card * 10**9)
+        mllm = load_checkpoint(memory_table.checkpoint(), Plan(None, torch.bfloat16, ""), CARD).patcher
+        unet = unet_without_content()
+        comfy.model_management.load_models_gpu([mllm])
+        looking = mllm.loaded_size()
+        comfy.model_management.load_models_gpu([unet], memory_required=2e9)
+        assert unet.loaded_size() == unet.model_size()
+        assert card * 1e9 - usage.current >= 2e9
+        fits = mllm.loaded_size() == mllm.model_size()
+        assert fits == (card == 24) and (fits or mllm.loaded_size() < looking - 1e9)
+        comfy.model_management.load_models_gpu([mllm])
+        assert fits or mllm.loaded_size() > 0.4 * looking
+        comfy.model_management.free_memory(1e30, CARD)
+        assert usage.current <= CONSTANTS and not loaded_now()
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -186,23 +206,58 @@ def test_loading_is_lazy_shared_and_freed(folder: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp8", "8-bit", "4-bit"])
-def test_it_leaves_and_comes_back(folder: Path, precision: str) -> None:
+def test_it_stays_until_room_is_needed_and_comes_back(
+    folder: Path, precision: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     mllm = load_mllm(folder, precision)
     expected = encode(mllm)
-
-    def patchers() -> list[Any]:
-        return [m.model for m in comfy.model_management.current_loaded_models]
-
-    other = tiny_model()
-    comfy.model_management.load_models_gpu([other])
-    assert mllm.loaded.patcher in patchers()
-    mllm.leave_device()
-    assert mllm.loaded.patcher not in patchers() and other in patchers()
-    mllm.leave_device()
+    comfy.model_management.load_models_gpu([tiny_model()])
+    assert torch.equal(encode(mllm), expected)
+    assert mllm.loaded.patcher in loaded_now()
+    assert caplog.text.count(REQUESTED) == 1
+    comfy.model_management.free_memory(1e30, mllm.loaded.patcher.load_device)
+    assert mllm.loaded.patcher not in loaded_now()
     assert torch.equal(encode(mllm), expected)
     comfy.model_management.unload_all_models()  # "Unload models" and POST /free, outside of inference mode
-    assert mllm.loaded.patcher not in patchers()
+    assert mllm.loaded.patcher not in loaded_now()
     assert torch.equal(encode(mllm), expected)
+    assert caplog.text.count(REQUESTED) == 3
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, comfy.model_management.InterruptProcessingException])
+def test_a_failed_look_leaves_it_as_it_was(
+    folder: Path, failure: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    mllm = load_mllm(folder, "fp32")
+    expected = encode(mllm)
+
+    def fail(*_: Any) -> None:
+        raise failure
+
+    with mllm.loaded.module.layers()[-1].register_forward_hook(fail), pytest.raises(failure):
+        encode(mllm)
+    assert loaded_now() == [mllm.loaded.patcher]
+    assert all(not part._forward_hooks for part in mllm.loaded.module.modules())
+    assert torch.equal(encode(mllm), expected)
+    assert caplog.text.count(REQUESTED) == 1
+
+
+def test_nothing_names_it_any_more(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As when ComfyUI's cache drops the loader's result: at once, without ComfyUI's search for leaks."""
+    gc.collect()
+    gc.disable()
+    try:
+        mllm = load_mllm(folder, "fp32")
+        encode(mllm)
+        gone = weakref.ref(mllm.loaded.module)
+        del mllm
+        assert gone() is None and not loaded_now()
+        comfy.model_management.cleanup_models_gc()
+    finally:
+        gc.enable()
+    assert "leak" not in caplog.text
 
 
 @pytest.mark.parametrize("precision", ["fp32", "8-bit"])
@@ -218,7 +273,7 @@ def test_fifty_encodes_keep_nothing(folder: Path, precision: str) -> None:
     before, resident = tensors(), psutil.Process().memory_info().rss
     for _ in range(50):
         encode(mllm)
-        mllm.leave_device()
+        comfy.model_management.free_memory(1e30, mllm.loaded.patcher.load_device)
     assert tensors() == before
     assert psutil.Process().memory_info().rss - resident < 16 << 20
 
@@ -268,7 +323,9 @@ def test_identity_is_that_of_the_content(folder: Path, tmp_path: Path) -> None:
     (copy / "attn_adapters_projectors.th").write_bytes(b"an adapter next to it")
     assert checkpoint_identity(copy) == checkpoint_identity(folder)
     changes: dict[str, Callable[[], object]] = {
-        "config": lambda: (copy / "config.json").write_text(json.dumps({"mm_projector_type": "mlp2x_gelu"})),
+        "config": lambda: (copy / "config.json").write_text(
+            json.dumps({"mm_projector_type": "mlp2x_gelu"}), encoding="utf-8"
+        ),
         "tail": lambda: flip(copy / "pytorch_model-00001-of-00002.bin", -1),
         "middle": lambda: flip(copy / "pytorch_model-00002-of-00002.bin", 5000),
     }

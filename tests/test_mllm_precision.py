@@ -7,20 +7,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import comfy.model_management
 import numpy as np
 import pytest
 import torch
-from comfyui_moma.moma_modules.mllm import precision as precisions
-from comfyui_moma.moma_modules.mllm.checkpoint import LanguageShape, VisionShape
+from comfyui_moma.moma_modules.mllm.architecture import MllmModule
+from comfyui_moma.moma_modules.mllm.checkpoint import LanguageShape, VisionShape, read_checkpoint
 from comfyui_moma.moma_modules.mllm.encode import subject_hidden_state
-from comfyui_moma.moma_modules.mllm.model import MllmModule, load_mllm
-from comfyui_moma.moma_modules.mllm.precision import Memory, Plan, make_plan, packed_size
+from comfyui_moma.moma_modules.mllm.model import load_mllm
+from comfyui_moma.moma_modules.mllm.precision import PRECISIONS, Machine, Plan, cpu_bf16_gain, make_plan, packed_size
 from comfyui_moma.moma_modules.mllm.quantize import quantize_rows
 from random_weights import SMALL_LLAVA, llava_folder
 
 CARD, CPU = torch.device("cuda:0"), torch.device("cpu")
 BF16 = torch.bfloat16
+SLOW, FAST = (Machine(CPU, 10**12, 10**12, bf16_gain=gain) for gain in (0.5, 3.0))
+"""CPUs on which bf16 is slow and fast."""
 
 
 Change = Callable[[str, torch.Tensor], dict[str, torch.Tensor]]
@@ -42,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rewrite(path: Path, prefix: str, change: Change) -> Path:
     """Replace the matrices below `prefix` by what `change(key, float32 matrix)` makes of them."""
     index_file = path / "pytorch_model.bin.index.json"
-    index = json.loads(index_file.read_text())
+    index = json.loads(index_file.read_text(encoding="utf-8"))
     for shard in sorted(set(index["weight_map"].values())):
         weights = {}
         for key, value in torch.load(path / shard, weights_only=True).items():
@@ -53,7 +54,7 @@ def rewrite(path: Path, prefix: str, change: Change) -> Path:
         }
         torch.save(halves, path / shard)
         index["weight_map"] |= dict.fromkeys(weights, shard)
-    index_file.write_text(json.dumps(index))
+    index_file.write_text(json.dumps(index), encoding="utf-8")
     return path
 
 
@@ -67,10 +68,11 @@ def packed_copy(folder: Path, target: Path, dtype: torch.dtype) -> Path:
     return rewrite(Path(shutil.copytree(folder, target)), "model.layers.", pack)
 
 
-def hidden(path: Path, precision: str) -> torch.Tensor:
+def hidden(path: Path, precision: str, machine: Machine = SLOW) -> torch.Tensor:
     image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    mllm = load_mllm(path, precision, machine=machine)
     with torch.inference_mode():
-        return subject_hidden_state(load_mllm(path, precision), image, np.ones((64, 64), bool), "car", "A red car.")
+        return subject_hidden_state(mllm, image, np.ones((64, 64), bool), "car", "A red car.")
 
 
 @pytest.fixture(scope="module")
@@ -81,18 +83,27 @@ def exact(folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("precision", "least"), [("bf16", 0.9995), ("fp16", 0.9995), ("fp8", 0.998), ("8-bit", 0.9995), ("4-bit", 0.985)]
 )
-def test_every_precision_is_close_to_fp32(folder: Path, exact: torch.Tensor, precision: str, least: float) -> None:
-    ours = hidden(folder, precision)
+@pytest.mark.parametrize("machine", [SLOW, FAST], ids=["slow", "fast"])
+def test_every_precision_is_close_to_fp32(
+    folder: Path, exact: torch.Tensor, precision: str, least: float, machine: Machine
+) -> None:
+    ours = hidden(folder, precision, machine)
     assert ours.dtype == torch.float32
     assert not torch.equal(ours, exact)
     assert float(torch.cosine_similarity(exact, ours)) >= least
 
 
-@pytest.mark.parametrize("precision", ["fp8", "8-bit", "4-bit"])
-def test_packed_weights_are_as_small_as_planned(folder: Path, precision: str) -> None:
+@pytest.mark.parametrize("machine", [SLOW, FAST], ids=["slow", "fast"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_weights_are_as_large_as_planned(folder: Path, precision: str, machine: Machine) -> None:
     with torch.inference_mode():
-        loaded, plain = load_mllm(folder, precision).loaded, load_mllm(folder, "fp32").loaded
-    assert loaded.patcher.model_size() == packed_size(plain.module.state_dict(), precision)
+        loaded = load_mllm(folder, precision, machine=machine).loaded
+    read = read_checkpoint(folder)
+    weights = {f"{p}.{k}": v for p in ("language", "vision", "projector") for k, v in getattr(read, p).items()}
+    plan = loaded.plan
+    assert loaded.patcher.model_size() == packed_size(weights, plan.storage, plan.compute_dtype)
+    if plan.storage is None:
+        return
     for key, value in loaded.module.state_dict().items():
         kept = {"fp8": torch.float8_e4m3fn, "8-bit": torch.int8, "4-bit": torch.uint8}[precision]
         is_matrix = key.startswith("language.layers.") and key.endswith("proj.weight")
@@ -114,8 +125,8 @@ def test_files_in_8_bit_run_without_bitsandbytes(
     with pytest.raises(
         ValueError, match=rf"precision: {other} is made from 16-bit .* in {name}\. Choose auto or {name}"
     ):
-        load_mllm(packed, other)
-    weights = dict(load_mllm(packed).loaded.module.state_dict())
+        load_mllm(packed, other, machine=SLOW)
+    weights = dict(load_mllm(packed, machine=SLOW).loaded.module.state_dict())
     assert weights["language.layers.0.mlp.up_proj.weight"].dtype == dtype
 
 
@@ -124,7 +135,7 @@ def test_missing_bitsandbytes_is_named(folder: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=rf"{precision} needs bitsandbytes.*pip install bitsandbytes.*auto or fp8"):
         load_mllm(folder, precision)
-    assert load_mllm(folder, "auto").plan.storage is None
+    assert load_mllm(folder, "auto", machine=FAST).plan.storage is None
 
 
 def test_scales_of_a_wrong_shape_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -154,13 +165,11 @@ def published() -> dict[str, torch.Tensor]:
     return {key: value.half() for key, value in module.state_dict().items()}
 
 
-@pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ComfyUI says of a card that is fast at bf16."""
-    monkeypatch.setattr(comfy.model_management, "should_use_bf16", lambda device: device == CARD)
+def card(free: int, ram: int, dtype: torch.dtype = BF16) -> Machine:
+    """A card that is fastest at `dtype`, with these bytes free there and in RAM."""
+    return Machine(CARD, free, ram, fast_dtype=dtype)
 
 
-@pytest.mark.usefixtures("card")
 @pytest.mark.parametrize(
     ("device", "ram", "plan", "words"),
     [
@@ -179,32 +188,49 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_chooses_by_memory(
     published: dict[str, torch.Tensor], device: int, ram: int, plan: Plan, words: str
 ) -> None:
-    chosen = make_plan("auto", published, CARD, Memory(device * 10**9, ram * 10**9))
+    chosen = make_plan("auto", published, card(device * 10**9, ram * 10**9))
     assert chosen == plan
     assert words in chosen.summary
 
 
-@pytest.mark.usefixtures("card")
 @pytest.mark.parametrize(("precision", "size"), [("bf16", "13.8"), ("fp8", "7.4"), ("8-bit", "7.4"), ("4-bit", "4.5")])
 def test_a_chosen_precision_is_never_replaced(published: dict[str, torch.Tensor], precision: str, size: str) -> None:
-    chosen = make_plan(precision, published, CARD, Memory(0, 0))
+    chosen = make_plan(precision, published, card(0, 0))
     assert chosen == Plan(None if precision == "bf16" else precision, BF16, "")
     assert f"{size} GB, 0.0 GB on the card, the rest streamed" in chosen.summary
 
 
-def test_a_device_without_fp8_is_named(published: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comfy.model_management, "supports_cast", lambda device, dtype: dtype.itemsize > 1)
+def test_a_device_without_fp8_is_named(published: dict[str, torch.Tensor]) -> None:
+    old = replace(card(10**10, 10**10), holds_fp8=False)
     with pytest.raises(ValueError, match=r"precision: cuda:0 cannot hold fp8\. Choose auto"):
-        make_plan("fp8", published, CARD, Memory(10**10, 10**10))
-    assert make_plan("auto", published, CARD, Memory(0, 0)).storage is None
+        make_plan("fp8", published, old)
+    assert make_plan("auto", published, replace(old, free=0, ram=0)).storage is None
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32])
+def test_auto_takes_what_the_card_is_fast_at(published: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    assert make_plan("auto", published, card(10**12, 10**12, dtype)) == Plan(None, dtype, "")
 
 
 @pytest.mark.parametrize(("gain", "dtype"), [(3.0, BF16), (1.1, torch.float32), (0.2, torch.float32)])
-def test_auto_on_the_cpu_takes_what_is_faster(
-    published: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch, gain: float, dtype: torch.dtype
+@pytest.mark.parametrize("precision", ["auto", "fp8"])
+def test_the_faster_is_taken_on_a_cpu(
+    published: dict[str, torch.Tensor], precision: str, gain: float, dtype: torch.dtype
 ) -> None:
-    times = iter([0.0, gain] * 3 + [0.0, 1.0] * 3)
-    monkeypatch.setattr(precisions.time, "perf_counter", lambda: next(times))
-    plan = make_plan("auto", published, CPU, Memory(0, 0))
-    assert plan == Plan(None, dtype, "")
-    assert f"bf16 is {gain:.1f} times as fast as fp32 here" in plan.summary
+    plan = make_plan(precision, published, Machine(CPU, 0, 0, bf16_gain=gain))
+    assert plan == Plan(None if precision == "auto" else precision, dtype, "")
+    assert f"on cpu (bf16 is {gain:.1f} times as fast as fp32 here); " in plan.summary
+
+
+@pytest.mark.parametrize("gain", [0.5, 3.0])
+def test_a_chosen_dtype_is_taken_whatever_is_faster(published: dict[str, torch.Tensor], gain: float) -> None:
+    for precision, dtype in (("bf16", BF16), ("fp16", torch.float16), ("fp32", torch.float32)):
+        plan = make_plan(precision, published, Machine(CPU, 0, 0, bf16_gain=gain))
+        assert plan == Plan(None, dtype, "") and "times as fast" not in plan.summary
+
+
+def test_this_machine_is_measured_once() -> None:
+    """Two loads must agree, so that they share their weights, however the machine is disturbed between them."""
+    one, two = Machine.measure(CPU), Machine.measure(CPU)
+    assert one.bf16_gain == two.bf16_gain == cpu_bf16_gain() > 0
+    assert one.free > 0 and one.best_dtype in (BF16, torch.float32)

@@ -40,6 +40,11 @@ def test_a_bad_mask_is_said(rows: int, expected: str) -> None:
     assert ("That is" in text) == (rows != 32)
 
 
+def test_a_bad_mask_among_good_ones_is_said() -> None:
+    masks = torch.stack([square(), torch.ones(64, 64, dtype=torch.bool)])
+    assert coverage(masks).startswith("The masks cover 16%, 100% of the pictures. That is nearly all")
+
+
 def test_a_sheet_has_every_picture_in_its_place() -> None:
     colours = [[(255, 0, 0), (0, 255, 0)], [(0, 0, 255), (255, 255, 0)]]
     rows = [[picture(torch.tensor(c).float().expand(8, 8, 3) / 255) for c in row] for row in colours]

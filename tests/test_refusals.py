@@ -12,6 +12,7 @@ import pytest
 import torch
 from comfyui_moma.moma_modules.comfy_bridge import folders
 from comfyui_moma.moma_modules.mllm.model import load_mllm
+from comfyui_moma.moma_modules.subject import combine_subjects
 from comfyui_moma.nodes.loaders import LoadAdapter, LoadMllm
 from comfyui_moma.nodes.mask import SubjectMask
 from comfyui_moma.nodes.patches import ApplyAdapter, SelfAttnShortcut
@@ -136,6 +137,12 @@ def extract(mllm: Any, adapter: Any, image: torch.Tensor | None = None, **change
 def test_extraction_refuses_what_it_cannot_use(mllm: Any, adapter: Any) -> None:
     with pytest.raises(ValueError, match="^subject is empty: give the word"):
         extract(mllm, adapter, subject="  ")
+    with pytest.raises(ValueError, match="^subject is empty: give the word"):
+        extract(mllm, adapter, subject="\u200b\ufeff")
+    with pytest.raises(
+        ValueError, match=r"^prompt holds half a character \('\\ud83d', after 'A red '\): the text was cut"
+    ):
+        extract(mllm, adapter, prompt="A red \ud83d")
     with pytest.raises(ValueError, match="^mask is empty: no pixel is marked"):
         extract(mllm, adapter, mask=torch.zeros(1, 64, 64))
     with pytest.raises(ValueError, match="^image holds NaN"):
@@ -144,6 +151,12 @@ def test_extraction_refuses_what_it_cannot_use(mllm: Any, adapter: Any) -> None:
         extract(mllm, adapter, torch.zeros(0, 8, 8, 3))
     with pytest.raises(ValueError, match=r"takes hidden states of size 32, but mllm checkpoint has 64"):
         extract(mllm, tiny_adapter(hidden=32))
+
+
+def test_one_word_however_its_accents_are_stored(mllm: Any, adapter: Any) -> None:
+    one, other = (extract(mllm, adapter, subject=word, prompt=word) for word in ("caf\u00e9", "cafe\u0301"))
+    assert one.word == other.word and torch.equal(one.embedding, other.embedding)
+    assert combine_subjects(one, other).word == "caf\u00e9"
 
 
 def test_extraction_takes_grey_transparent_and_odd_pictures(mllm: Any, adapter: Any) -> None:

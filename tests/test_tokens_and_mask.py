@@ -1,6 +1,7 @@
 """Where the subject is: its tokens in a prompt, the mask from attention, and the reference picture."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,16 @@ import pytest
 import torch
 from comfy.sd1_clip import SD1Tokenizer
 from comfyui_moma.moma_modules.comfy_bridge.conditioning import TOKENS_KEY
-from comfyui_moma.moma_modules.comfy_bridge.text import encode_prompt, encode_word
+from comfyui_moma.moma_modules.comfy_bridge.text import encode_prompt, encode_word, plain_text
 from comfyui_moma.moma_modules.reference_image import prepare_references
 from comfyui_moma.moma_modules.subject_mask import subject_mask, token_attention, token_values
-from comfyui_moma.moma_modules.subject_tokens import PROMPT_TEMPLATE, fill_template, find_subject
+from comfyui_moma.moma_modules.subject_tokens import PROMPT_TEMPLATE, bare, fill_template, find_subject
+from comfyui_moma.moma_modules.token_text import Piece, bracketed, read_pieces
+from comfyui_moma.nodes.conditioning import TextEncode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 from scene import tiny_adapter, tiny_subject
 from tiny_models import tiny_clip
 
@@ -23,14 +27,23 @@ GOLDEN = Path(__file__).parent / "data" / "golden"
 TOKENIZER = SD1Tokenizer()
 
 
+@pytest.fixture(scope="module")
+def clip() -> Any:
+    return tiny_clip()
+
+
 def positions(text: str, subject: str) -> tuple[int, ...]:
-    words = [TOKENIZER.tokenize_with_weights(word)["l"] for word in subject.split()]
-    return find_subject(TOKENIZER.tokenize_with_weights(text)["l"], words)
+    return find_subject(pieces(text), [pieces(bare(word)) for word in subject.split()])
+
+
+def pieces(text: str, tokenizer: SD1Tokenizer = TOKENIZER) -> list[Piece]:
+    tokens = tokenizer.tokenize_with_weights(text)["l"]
+    return read_pieces(tokens, lambda token: tokenizer.untokenize([(token, 1.0)])[0][1], plain_text(text))
 
 
 @pytest.mark.parametrize("name", ["tiny_context", "tiny_texture"])
 def test_positions_of_the_recorded_runs(name: str) -> None:
-    case = json.loads((GOLDEN / f"{name}.json").read_text())
+    case = json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))
     text = fill_template(PROMPT_TEMPLATE, case["subject"], case["prompt"])
     assert positions(text, case["subject"]) == tuple(case["subject_token_idx"])
 
@@ -53,6 +66,92 @@ def test_positions(text: str, subject: str, expected: tuple[int, ...]) -> None:
 def test_a_word_of_several_tokens() -> None:
     count = len([t for t, *_ in TOKENIZER.tokenize_with_weights("axolotl")["l"][0] if t not in (49406, 49407)])
     assert count > 1 and positions("an axolotl swims", "axolotl") == tuple(range(2, 2 + count))
+
+
+NO_WIDTH = {0x200B: None, 0x200D: None}
+SHOWN = {
+    "accents": ("pokémon", "poke\u0301mon's", "photo of a [pokémon]. [pokémon]'s"),
+    "emoji": ("😀", "😀😀 and 😀! x", "photo of a [😀]. [😀😀] and [😀]! x"),
+    "joined emoji": ("👩\u200d🚀", "👩\u200d🚀!", "photo of a [👩\u200d][🚀]. [👩\u200d][🚀]!"),
+    "variation selector": ("❤", "❤️. ❤", "photo of a [❤]. [❤️.] [❤]"),
+    "plus": ("C++", "c++! vitamin C", "photo of a [c][+][+.] [c][++]! vitamin c"),
+    "sharp": ("C#", "C#, C", "photo of a [c][#]. [c][#], c"),
+    "currency": ("$", "100$ bill", "photo of a [$.] 100[$] bill"),
+    "trade mark": ("Lego™", "A lego™ car.", "photo of a [lego][™]. a [lego][™] car."),
+    "hyphens": ("3-in-1", "a 3-in-1.", "photo of a [3][-][in][-][1]. a [3][-][in][-][1]."),
+    "apostrophe": ("cat's", "the cat's.", "photo of a [cat]['s]. the [cat]['s]."),
+    "quotes": ("“cup”", "A «cup».", "photo of a “[cup]”. a «[cup]»."),
+    "exclamation": ("café!", "A café?", "photo of a [café]!. a [café]?"),
+    "no-break space": ("stuffed\u00a0dog", "a dog", "photo of a [stuffed] [dog]. a [dog]"),
+    "zero width": ("cup\u200b", "A cup", "photo of a [cup]\u200b. a [cup]"),
+    "full width": (
+        "\uff23\uff21\uff32",
+        "\uff43\uff41\uff52 car",
+        "photo of a [\uff43][\uff41][\uff52]. [\uff43][\uff41][\uff52] car",
+    ),
+    "Chinese": ("猫", "白猫在海滩上", "photo of a [猫]. 白[猫]在海滩上"),
+    "Thai": ("เสือ", "เสือ", "photo of a [เส][ื][อ]. [เส][ื][อ]"),
+    "Hebrew": ("כלב", "כֶּלֶב כלב!", "photo of a [כ][ל][ב]. כֶּלֶב [כ][ל][ב]!"),
+    "emphasis": ("😀", "a (😀:1.2). ok", "photo of a [😀]. a [😀]. ok"),
+    "marks only": ("!", "x!", "photo of a [!.] x[!]"),
+    "slash": ("AC/DC", "AC/DC.", "photo of a [ac][/][dc]. [ac][/][dc]."),
+}
+
+
+@pytest.mark.parametrize("case", SHOWN)
+def test_any_word_is_found_and_shown_as_people_write_it(clip: Any, case: str) -> None:
+    """CLIP's tokenizer joins symbols with a full stop, and cuts other scripts' characters into bytes."""
+    word, prompt, shown = SHOWN[case]
+    encoded = encode_prompt(clip, replace(tiny_subject(tiny_adapter()), word=word), prompt, PROMPT_TEMPLATE)
+    # transformers 4 leaves out what has no width.
+    assert encoded.shown.split("\n")[0].translate(NO_WIDTH) == shown.translate(NO_WIDTH)
+
+
+def test_tokens_that_hold_a_part_of_the_word_count(clip: Any) -> None:
+    """Of "100$.", the last token is CLIP's for "$."; of 白猫, those with a byte of 猫."""
+    subject = replace(tiny_subject(tiny_adapter()), word="$ 猫")
+    (entry,) = encode_prompt(clip, subject, "100$. 白猫", "{prompt}").conditioning
+    assert entry[1][TOKENS_KEY][subject.key] == (4, 8, 9, 10)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.text(st.characters(exclude_categories=["C"], exclude_characters="()\\"), min_size=1, max_size=6),
+    st.sampled_from(["photo of a {}. x", "a {}, {}!", "“{}”", "({}:1.2)"]),
+)
+def test_what_is_written_into_a_text_is_found_in_it(word: str, template: str) -> None:
+    plain = " ".join(word.split())
+    assert not plain or positions(template.replace("{}", plain), plain)
+
+
+def test_a_words_occurrences_are_words() -> None:
+    assert positions("carpets and scars", "car") == () and positions("c + +", "++") == ()
+    assert positions("e\u0301te\u0301", "t") == () and positions("c++", "+") == (2,)
+
+
+def test_an_embedding_as_the_subject_is_found_before_a_full_stop(tmp_path: Path) -> None:
+    save_file({"emb_params": torch.ones(2, 768)}, tmp_path / "mine.safetensors")
+    tokenizer = SD1Tokenizer(embedding_directory=str(tmp_path))
+    text = fill_template(PROMPT_TEMPLATE, "embedding:mine", "A embedding:mine at sea.")
+    assert text == "photo of a embedding:mine . A embedding:mine at sea."
+    found = find_subject(pieces(text, tokenizer), [pieces("embedding:mine", tokenizer)])
+    assert found == (4, 5, 8, 9)
+    assert bracketed(pieces(text, tokenizer), found).startswith("photo of a [(embedding)] [(embedding)] .")
+
+
+def test_a_missing_word_is_told_as_people_write_it(clip: Any, caplog: pytest.LogCaptureFixture) -> None:
+    subject = replace(tiny_subject(tiny_adapter()), word="👩\u200d🚀 pokémon")
+    (shown,) = TextEncode.execute(clip, subject, "A\nböat.", "{prompt}").ui.as_dict()["text"]
+    assert "the subject '👩\u200d🚀 pokémon' is not among the words of the prompt 'A böat.'" in shown
+    assert shown in caplog.text
+
+
+@pytest.mark.parametrize("name", ["prompt", "template"])
+def test_half_a_character_is_refused_by_name(clip: Any, name: str) -> None:
+    texts = {"prompt": "A car", "template": "{prompt}"}
+    texts[name] += " \udc00"
+    with pytest.raises(ValueError, match=rf"^{name} holds half a character \('\\udc00'.* Write it again"):
+        encode_prompt(clip, tiny_subject(tiny_adapter()), **texts)
 
 
 def test_other_braces_in_a_template_stay() -> None:
@@ -108,10 +207,10 @@ def test_squash_is_the_released_resize() -> None:
 
 
 def test_pad_and_crop_keep_the_aspect_ratio() -> None:
-    image, mask = torch.zeros(1, 50, 100, 3), torch.zeros(1, 50, 100)
+    image, mask = torch.full((1, 50, 100, 3), 0.2), torch.zeros(1, 50, 100)
     mask[..., 90:] = 1
     padded = prepare_references(image, mask, "pad")
-    assert bool((padded.images[0, :100] == 255).all()) and bool((padded.images[0, 200:300] == 0).all())
+    assert bool((padded.images[0, :100] == 255).all()) and bool((padded.images[0, 200:300] == 51).all())
     assert not padded.masks[0, :100].any() and bool(padded.masks[0, 256, 500])
     cropped = prepare_references(image, mask, "crop")
     assert bool(cropped.masks[0, :, 420:].all()) and not cropped.masks[0, :, :380].any()
@@ -136,13 +235,6 @@ def test_each_picture_of_a_batch_is_prepared_as_if_alone() -> None:
     masks[1] = 0
     with pytest.raises(ValueError, match="^mask is empty for picture 2 of 2: no pixel"):
         prepare_references(images, masks)
-    with pytest.raises(ValueError, match=r"^mask holds 1 mask\(s\), image 2 picture\(s\).*Combine MoMA Subjects"):
-        prepare_references(images, masks[:1])
-
-
-@pytest.fixture(scope="module")
-def clip() -> Any:
-    return tiny_clip()
 
 
 def test_a_prompt_knows_its_subject(clip: Any) -> None:

@@ -9,8 +9,17 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
+from .settings import KEY
+
 FORWARD = "moma_forward"
 """Key of the current `Forward` in the transformer options."""
+
+LOST = (
+    "MoMA: another node took MoMA's wrappers off this model, or runs the model by itself, so that MoMA would do "
+    "nothing. BrushNet and PowerPaint replace the wrappers of the nodes before them: apply MoMA's nodes after such a "
+    "node, or remove it."
+)
+"""The message where our patches are left and nothing else of ours is."""
 
 
 class AttentionPatch(ABC):
@@ -31,6 +40,8 @@ class AttentionPatch(ABC):
         else:
             out = plain_attention(q, k, v, extra_options)
         forward = extra_options.get(FORWARD)
+        if KEY not in extra_options:
+            raise ValueError(LOST)
         if forward is not None:
             out = self.add_subjects(out, q, k, forward, extra_options)
         for callback, kwargs in self.added:
@@ -76,6 +87,8 @@ class SelfAttentionPatch(AttentionPatch):
 
     def add_subjects(self, out: Tensor, q: Tensor, k: Tensor, forward: Any, extra_options: dict[str, Any]) -> Tensor:
         """See `AttentionPatch.add_subjects`."""
+        if not forward.reaches_all(self.block, q, extra_options):
+            return out
         return forward.add_shortcuts(out, q, self.block, extra_options)
 
 
@@ -84,7 +97,7 @@ class CrossAttentionPatch(AttentionPatch):
 
     def add_subjects(self, out: Tensor, q: Tensor, k: Tensor, forward: Any, extra_options: dict[str, Any]) -> Tensor:
         """See `AttentionPatch.add_subjects`."""
-        forward.collect_map(q, k, extra_options)
+        forward.collect_map(q, k, self.block, extra_options)
         return forward.add_image_tokens(out, q, self.block, extra_options)
 
 

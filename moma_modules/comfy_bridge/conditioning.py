@@ -12,6 +12,8 @@ import torch
 from comfy.conds import CONDNoiseShape, CONDRegular
 from torch import Tensor
 
+from .whereabouts import with_map
+
 TOKENS_KEY = "moma_subject_tokens"
 """Entry of a CONDITIONING: {subject key: flat positions of the subject's tokens}."""
 
@@ -34,15 +36,30 @@ class Rows:
 
 
 def mark_tokens(conditioning: list, positions: dict[str, tuple[int, ...]]) -> list:
-    """A copy of a CONDITIONING that knows the positions of subjects' tokens, by subject key."""
+    """A copy of a CONDITIONING that knows the positions of subjects' tokens, by subject key, and carries a map."""
     return [
-        [entry[0], {**entry[1], TOKENS_KEY: {**entry[1].get(TOKENS_KEY, {}), **positions}}] for entry in conditioning
+        [text, with_map({**values, TOKENS_KEY: {**values.get(TOKENS_KEY, {}), **positions}})]
+        for text, values in conditioning
     ]
+
+
+def positives_of(conds: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """All but the negative conditionings of a run."""
+    return [cond for name, part in conds.items() if not _is_negative(name) for cond in part or ()]
+
+
+def moved_tokens(conditioning: list, key: str, starts: list[int]) -> list:
+    """A copy of a marked CONDITIONING in which the text of each part begins at the token `starts` says."""
+    moved = []
+    for (values, known), start in zip(conditioning, starts, strict=True):
+        places = {**known[TOKENS_KEY], key: tuple(place + start for place in known[TOKENS_KEY][key])}
+        moved.append([values, {**known, TOKENS_KEY: places}])
+    return moved
 
 
 def subjects_in(conds: dict[str, list[dict[str, Any]]], keys: list[str]) -> list[bool]:
     """For each subject key whether some positive conditioning knows its tokens."""
-    positives = [cond for name, part in conds.items() if not _is_negative(name) for cond in part or ()]
+    positives = positives_of(conds)
     return [any(cond.get(TOKENS_KEY, {}).get(key) for cond in positives) for key in keys]
 
 
@@ -81,7 +98,7 @@ def _is_negative(name: str) -> bool:
 
 
 def _first_positions(conds: dict[str, list[dict[str, Any]]], keys: list[str]) -> list[tuple[int, ...]]:
-    positives = [cond for name, part in conds.items() if not _is_negative(name) for cond in part or ()]
+    positives = positives_of(conds)
     return [next((c[TOKENS_KEY][key] for c in positives if c.get(TOKENS_KEY, {}).get(key)), ()) for key in keys]
 
 

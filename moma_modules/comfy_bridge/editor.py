@@ -1,6 +1,11 @@
 """What the user sees while something runs: text and pictures on nodes. Without a client that looks, nothing is sent."""
 
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from uuid import uuid4
 
 from comfy_execution.utils import get_executing_context
 from PIL import Image
@@ -10,11 +15,52 @@ from ..pictures import picture as to_picture
 PREVIEW_SIZE = 512
 
 
+@contextmanager
+def only_looking(what: str) -> Iterator[None]:
+    """For what the user may miss, `what`, but never at the cost of the picture: a failure is logged and ends there."""
+    try:
+        yield
+    except Exception as error:
+        logging.warning(f"MoMA: {what} failed; the picture is as it would be. {type(error).__name__}: {error}")
+
+
+def executing_node() -> tuple[Any, str | None]:
+    """The node that is being executed, as (prompt, node, index of its list), and its class if the prompt tells it."""
+    context, kind = get_executing_context(), None
+    if context is None:
+        return None, None
+    with only_looking("looking up which node runs"):
+        server = _prompt_server()
+        running = [] if server is None else server.prompt_queue.get_current_queue_volatile()[0]
+        prompts = [item[2] for item in running if item[1] == context.prompt_id]
+        kind = next((prompt[context.node_id]["class_type"] for prompt in prompts if context.node_id in prompt), None)
+    return tuple(context), kind
+
+
 def show_text(text: str) -> None:
     """Show a text on the node that is being executed."""
-    context, server = get_executing_context(), _server()
-    if context is not None and server is not None:
-        server.send_progress_text(text, context.node_id, server.client_id)
+    with only_looking("showing a text on the node"):
+        context, server = get_executing_context(), _server()
+        if context is not None and server is not None:
+            server.send_progress_text(text, context.node_id, server.client_id)
+
+
+def warn(text: str) -> None:
+    """Tell the user what went another way than meant: in the log, and as a notice in every view of the editor.
+
+    `web/moma.js` shows the notice. Texts on nodes are not seen in app mode.
+    """
+    logging.warning(text)
+    with only_looking("showing a notice"):
+        server = _server()
+        if server is not None:
+            server.send_sync("moma.notice", {"text": text}, server.client_id)
+
+
+def run_id() -> str:
+    """The id of the prompt that is being executed, or a new one outside of any."""
+    context = get_executing_context()
+    return uuid4().hex if context is None else str(context.prompt_id)
 
 
 def someone_looks() -> bool:
@@ -44,9 +90,13 @@ def show_mask(mask: Any, node_id: str) -> None:
 
 def _server() -> Any:
     """The server, if a client is connected; ComfyUI's own tools also run nodes without one."""
-    if get_executing_context() is None:
+    server = None if get_executing_context() is None else _prompt_server()
+    return server if server is not None and server.client_id is not None else None
+
+
+def _prompt_server() -> Any:
+    if "server" not in sys.modules:  # older ComfyUI can import it in a running server only
         return None
     from server import PromptServer
 
-    server = getattr(PromptServer, "instance", None)
-    return server if server is not None and server.client_id is not None else None
+    return getattr(PromptServer, "instance", None)

@@ -10,6 +10,8 @@ from .conditioning import Rows
 class Evaluation:
     """Attention maps of one evaluation, gathered on a canvas [S, 2, B * H * W] (negative, positive).
 
+    `cut_short`: a forward came to some layers only (caches of the first block do that), so there are no masks.
+
     Guidance nodes (SAG) may evaluate a changed latent again with the same options: the first call to reach a place on
     the canvas counts.
     """
@@ -19,6 +21,7 @@ class Evaluation:
         self.sums = torch.zeros(subjects, 2, canvas[0] * canvas[1] * canvas[2], device=device)
         self.counts = torch.zeros_like(self.sums)
         self.has_maps = False
+        self.cut_short = False
         self._call_sums = torch.zeros_like(self.sums)
         self._call_counts = torch.zeros_like(self.sums)
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import folder_paths
 
-from ..adapter_file import ADAPTER_SUFFIXES, is_adapter_safetensors
+from ..adapter_file import ADAPTER_SUFFIXES
+from ..file_kinds import ADAPTER, kind_of
 from ..mllm.checkpoint import absent_files, find_checkpoints
 from ..mllm.weight_files import incomplete
 from ..release import (
@@ -145,7 +146,7 @@ def _is_adapter(name: str) -> bool:
     if name.endswith(".th"):
         return True
     path = folder_paths.get_full_path(MODELS, name)
-    return path is not None and is_adapter_safetensors(Path(path))
+    return path is not None and kind_of(Path(path)) == ADAPTER
 
 
 def _searched(key: str, found: list[str]) -> str:

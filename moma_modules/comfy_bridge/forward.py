@@ -11,6 +11,7 @@ from ..subject_mask import layer_maps, token_attention, token_values
 from .attention import attend_shared, plain_attention
 from .conditioning import Rows
 from .image_tokens import ImageTokenLayers, image_tokens_of_rows
+from .passes import Passes
 from .reference_cache import KeysValues
 from .settings import SubjectSettings
 
@@ -40,24 +41,31 @@ class SubjectRun:
 class Forward:
     """Lives for one forward of the UNet, in the transformer options.
 
+    The UNet may run several times over the same input within it; the first pass that is complete gives the map.
+
     Attributes:
+        x: The latents [R, C, h, w] that it is to go over; `unet_input` is what the UNet is given for them.
         subjects: The subjects of the run.
         rows: What is known of this forward's rows.
         cross_factors, self_factors: Per subject [B, H, W] = area x subject mask x schedule x weight (or strength);
             None: off.
-        size: Latent height and width of this forward (of a crop, for area conditioning).
         collecting: Whether attention maps are wanted.
         selecting: Whether the shortcut is computed only where its factor is not 0. Finding these places makes the host
             wait for the device: worth it on a CPU, where the device is the host, if the forward is not compiled.
+        neighbours: Who else is on the model, for messages.
+        passes: What of the UNet it came to.
     """
 
+    x: Tensor
     subjects: tuple[SubjectRun, ...]
     rows: Rows
     cross_factors: tuple[Tensor | None, ...]
     self_factors: tuple[Tensor | None, ...]
-    size: Size
     collecting: bool = False
     selecting: bool = False
+    neighbours: str = ""
+    unet_input: Tensor | None = None
+    passes: Passes = field(default_factory=Passes)
     _attention: dict[Size, list[Tensor]] = field(default_factory=dict)
     _token_values: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     _image_tokens: dict[int, Tensor] = field(default_factory=dict)
@@ -65,16 +73,38 @@ class Forward:
     _layer_factors: dict[tuple[Part, Size], Tensor] = field(default_factory=dict)
     _places: dict[tuple[Part, Size], Tensor] = field(default_factory=dict)
 
-    def collect_map(self, q: Tensor, k: Tensor, extra_options: dict[str, Any]) -> None:
+    @property
+    def size(self) -> Size:
+        """Latent height and width (of a crop, for area conditioning)."""
+        return (self.x.shape[-2], self.x.shape[-1])
+
+    def start_pass(self) -> None:
+        """The UNet starts to run over our input."""
+        if self.passes.start():
+            self._attention.clear()
+
+    def reaches_all(self, block: int, q: Tensor, extra_options: dict[str, Any]) -> bool:
+        """Whether this call of a self-attention layer is that of all rows.
+
+        Another node may compute some of them in another way besides; that is its own affair.
+        """
+        height, width = extra_options["activations_shape"][-2:]
+        part = q.shape[0] < self.rows.pixels.shape[0] and q.shape[1] == height * width
+        self.passes.own(block, part)
+        return not part
+
+    def collect_map(self, q: Tensor, k: Tensor, block: int, extra_options: dict[str, Any]) -> None:
         """Note this layer's attention to the subjects' text tokens."""
-        if self.collecting:
+        counts = self.passes.cross(block)
+        if counts and self.collecting:
+            size = self._layer_size(q, extra_options)
             values = self._values(q, k, extra_options["n_heads"])
             attention = token_attention(q, k, values, len(self.subjects))
-            self._attention.setdefault(self._layer_size(q, extra_options), []).append(attention)
+            self._attention.setdefault(size, []).append(attention)
 
     def mean_map(self) -> Tensor | None:
-        """Mean over the layers' maps [R, S, h, w] in 0..1; None if none were collected."""
-        if not self._attention:
+        """Mean over the layers' maps [R, S, h, w] in 0..1; None if there are not those of all layers."""
+        if not self._attention or not self.passes.complete:
             return None
         sums = [layer_maps(layers, size, self.size) for size, layers in self._attention.items()]
         return torch.stack(sums).sum(dim=0) / sum(map(len, self._attention.values()))
@@ -114,9 +144,9 @@ class Forward:
         """A factor [B, H, W] for this forward's rows at a layer's size: [R, T, 1]."""
         if (part, size) not in self._layer_factors:
             if part not in self._row_factors:
-                self._row_factors[part] = factor.to(dtype).flatten()[self.rows.pixels]
+                self._row_factors[part] = factor.flatten()[self.rows.pixels]
             resized = interpolate(self._row_factors[part], size=size, mode="nearest")
-            self._layer_factors[part, size] = resized.flatten(1)[..., None]
+            self._layer_factors[part, size] = resized.to(dtype).flatten(1)[..., None]
         return self._layer_factors[part, size]
 
     def _places_of(self, part: Part, size: Size, at_layer: Tensor) -> Tensor:
@@ -140,7 +170,7 @@ class Forward:
             raise ValueError(
                 f"MoMA: another node changed the attention's input to {q.shape[0]} rows of {q.shape[1]} tokens, where "
                 f"{rows} rows of {height}x{width} were expected. HyperTile, Token Merging and regional-attention nodes "
-                "do that; remove them from this model."
+                f"do that; remove them from this model.{self.neighbours}"
             )
         return height, width
 

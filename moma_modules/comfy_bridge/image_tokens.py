@@ -28,13 +28,17 @@ class ImageTokenLayers:
 
 
 def image_token_layers(entry: SubjectSettings, device: torch.device, dtype: torch.dtype) -> ImageTokenLayers:
-    """Project a subject's embedding (positive rows) and a zero one (negative rows) for every cross-attention layer."""
-    embedding = entry.subject.embedding.to(device, dtype)
+    """Project a subject's embedding (positive rows) and a zero one (negative rows) for every cross-attention layer.
+
+    Args:
+        device: Where the run wants them; they are computed where the adapter is.
+    """
+    embedding = entry.subject.embedding.to(entry.adapter.device, dtype)
     module = entry.adapter.module
     tokens = module.projector(torch.cat([torch.zeros_like(embedding), embedding]))
     layers = [module.layer(2 * block + 1) for block in range(len(BLOCKS))]
     parts = [projection(tokens) for layer in layers for projection in (layer.to_k_ip, layer.to_v_ip)]
-    return ImageTokenLayers(torch.cat(parts, dim=2), tuple(part.shape[2] for part in parts[::2]))
+    return ImageTokenLayers(torch.cat(parts, dim=2).to(device), tuple(part.shape[2] for part in parts[::2]))
 
 
 def image_tokens_of_rows(layers: ImageTokenLayers, positive: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from .editor import show_mask, someone_looks
 
 INTERVAL = 0.4
-"""Seconds between two live pictures at least: each makes the CPU wait for the device once."""
+"""Seconds between two live pictures at least: each makes the CPU wait for the device, as nothing else in a step."""
 FRAMES = 8
 
 Frame = tuple[int, Tensor]

@@ -2,25 +2,11 @@
 
 from typing import Any
 
-from comfy.patcher_extension import CallbacksMP, WrappersMP
+from .installed import install, settings_of
+from .run import WRAPPERS, outer_sample
+from .settings import Settings
 
-from . import run
-from .attention import AttentionPatch
-from .settings import KEY, Settings
-from .slots import fill_slots
-
-_WRAPPERS = (
-    (WrappersMP.OUTER_SAMPLE, run.outer_sample),
-    (WrappersMP.SAMPLER_SAMPLE, run.sampler_sample),
-    (WrappersMP.PREDICT_NOISE, run.predict_noise),
-    (WrappersMP.CALC_COND_BATCH, run.calc_cond_batch),
-    (WrappersMP.APPLY_MODEL, run.apply_model),
-)
-
-
-def settings_of(model: Any) -> Settings | None:
-    """The MoMA settings on a MODEL, or None if it was not through our nodes."""
-    return model.get_attachment(KEY)
+__all__ = ["patched", "settings_of"]
 
 
 def patched(model: Any, settings: Settings) -> Any:
@@ -29,21 +15,5 @@ def patched(model: Any, settings: Settings) -> Any:
     Applying settings to a model that has some already replaces them and installs nothing twice.
     """
     clone = model.clone()
-    clone.set_attachments(KEY, settings)
-    adapters = {id(s.adapter.module): s.adapter.patcher for s in settings.subjects}
-    clone.set_additional_models(KEY, list(adapters.values()))
-    for kind, wrapper in _WRAPPERS:
-        clone.remove_wrappers_with_key(kind, KEY)
-        clone.add_wrapper_with_key(kind, KEY, wrapper)
-    clone.remove_callbacks_with_key(CallbacksMP.ON_CLONE, KEY)
-    clone.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, _own_patches)
-    fill_slots(clone.model_options["transformer_options"], settings.has_shortcut)
+    install(clone, settings, outer_sample, WRAPPERS)
     return clone
-
-
-def _own_patches(_: Any, clone: Any) -> None:
-    """ON_CLONE: ComfyUI's clones share patch objects; ours can be added to, so each clone gets its own."""
-    for slots in clone.model_options["transformer_options"].get("patches_replace", {}).values():
-        for place, patch in slots.items():
-            if isinstance(patch, AttentionPatch):
-                slots[place] = patch.copy()

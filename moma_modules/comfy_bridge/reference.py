@@ -1,5 +1,6 @@
 """The reference pass: one forward over each reference picture gives keys and values for every self-attention layer."""
 
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -96,6 +97,8 @@ def _run_references(
         run_options: dict[str, Any] = {
             "patches_replace": {"attn1": {place: _BlockCollector(collector, i) for i, place in enumerate(BLOCKS)}},
             "cond_or_uncond": [0],
+            # Other packs' blocks look up, by these, what they know of the rows: of ours, nothing.
+            "uuids": [uuid.uuid4()],
             "sigmas": sigma,
         }
         if attention is not None:
@@ -140,21 +143,27 @@ def _filled_channels(latent: Tensor, extra: int) -> Tensor | None:
 
 
 class _Collector:
-    """Keys and values gathered during one reference pass."""
+    """Keys and values gathered during one reference pass: projected where the adapter is, kept where the run is."""
 
     def __init__(self, adapter: Adapter, mask: Tensor, dtype: torch.dtype) -> None:
         self.adapter = adapter
         self.dtype = dtype
         self.mask = mask.float()[None, None]
         self.found: KeysValues = {}
+        self._places: dict[tuple[int, int], Tensor] = {}
 
     def collect(self, block: int, k: Tensor, v: Tensor, size: tuple[int, int]) -> None:
-        inside = interpolate(self.mask, size=size, mode="nearest").flatten() > 0
-        places = inside.nonzero().flatten().to(k.device)
+        if size not in self._places:
+            inside = interpolate(self.mask, size=size, mode="nearest").flatten() > 0
+            self._places[size] = inside.nonzero().flatten().to(k.device)
+        places = self._places[size]
         if len(places):
             layer = self.adapter.module.layer(2 * block)
-            keys, values = layer.to_k_ip(k[:, places]), layer.to_v_ip(v[:, places])
-            self.found[block] = (keys.to(self.dtype), values.to(self.dtype))
+            keys, values = (
+                projection(part[:, places].to(self.adapter.device)).to(part.device, self.dtype)
+                for projection, part in ((layer.to_k_ip, k), (layer.to_v_ip, v))
+            )
+            self.found[block] = (keys, values)
 
 
 class _BlockCollector:

@@ -4,30 +4,31 @@
 It travels in the run's own copy of the transformer options; nothing is kept on the model, in a module or in a patch.
 """
 
-import logging
-from collections.abc import Callable
 from typing import Any
 
 import comfy.model_patcher
-import comfy.utils
 import torch
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
-from torch.nn.functional import interpolate
 
-from .attention import FORWARD
 from .compilation import Compilation, take_compilation
-from .conditioning import Rows, attach_rows, subjects_in, take_rows
-from .editor import show_text
+from .conditioning import Rows, attach_rows, subjects_in
+from .editor import only_looking, show_text, warn
 from .evaluation import Evaluation
 from .forward import Forward, SubjectRun
+from .guard import Guard
 from .image_tokens import ImageTokenLayers, image_token_layers
+from .installed import Wrappers, make_whole, settings_of
 from .live_mask import Film, LiveMask
 from .neighbours import check_neighbours
+from .placing import Placing
 from .reference import reference_keys_values
 from .reference_cache import KeysValues
+from .run_log import FinishedRun
 from .schedule import Gates
 from .settings import KEY, Settings, SubjectSettings
-from .slots import fill_slots
+from .unet_calls import apply_model, watch
+from .whereabouts import TILES, Whereabouts
 
 
 class RunState:
@@ -37,15 +38,19 @@ class RunState:
         subjects: Set when sampling starts.
         masks: [S, B, H, W] in 0..1 after the last evaluation; None before the first one has ended.
         film: How the masks evolved.
+        guard: Sees to it that the run stays with MoMA.
     """
 
-    def __init__(self, settings: Settings, compilation: Compilation | None) -> None:
+    def __init__(self, settings: Settings, compilation: Compilation | None, placing: Placing) -> None:
         self.settings = settings
+        self.placing = placing
         self.compilation = compilation
+        self.guard = Guard(settings, WRAPPERS)
         self.subjects: tuple[SubjectRun, ...] = ()
         self.masks: Tensor | None = None
         self.film = Film()
         self._live: list[LiveMask | None] = []
+        self._blind = False
         self._collecting = False
         self._found: list[bool] = []
         self._gates: tuple[Gates, ...] = ()
@@ -53,36 +58,51 @@ class RunState:
         self._patches: Any = None
         self._canvas: tuple[int, int, int] = (0, 0, 0)
 
+    def __deepcopy__(self, _: Any) -> "RunState":
+        """Nodes that copy a run's options deeply are still in the same run."""
+        return self
+
     def prepare(self, guider: Any, model_options: dict[str, Any], noise: Tensor) -> None:
         """With the model loaded and the prompts processed: mark the rows, run the reference passes."""
+        self.guard.prepare(guider, model_options)
         keys = [entry.subject.key for entry in self.settings.subjects]
         self._canvas = (noise.shape[0], *noise.shape[-2:])
         self._found = subjects_in(guider.conds, keys)
+        self.placing.prepare(guider.conds, self.settings, noise)
+        self.masks = self.placing.masks_before(keys, self._canvas, noise.device)
         for entry, found in zip(self.settings.subjects, self._found, strict=True):
-            if not found:
-                logging.warning(
+            if not found and self.placing.where.kind != TILES:
+                warn(
                     f"MoMA: no positive prompt of this run knows where the subject {entry.subject.word!r} is, so its "
-                    "features reach the whole picture. Encode it with MoMA Text Encode, or add MoMA Mark Subject."
+                    "features reach the whole picture. Encode it with MoMA Text Encode and say its word in the prompt, "
+                    "or add MoMA Mark Subject."
                 )
         attach_rows(guider.conds, keys, noise)
         options = model_options["transformer_options"]
         self._live = [_live_mask(entry) for entry in self.settings.subjects]
         show_text(f"MoMA looks at the reference: {', '.join(entry.subject.word for entry in self.settings.subjects)}")
-        self.subjects = tuple(_subject_run(entry, guider, options, noise) for entry in self.settings.subjects)
+        where = self.placing.where
+        self.subjects = tuple(_subject_run(entry, guider, options, noise, where) for entry in self.settings.subjects)
         sampling = guider.inner_model.model_sampling
         self._gates = tuple(Gates.of(entry, sampling) for entry in self.settings.subjects)
+        self.guard.prepared = True
         show_text("MoMA: sampling")
+
+    @property
+    def seeks_subjects(self) -> bool:
+        """Whether some prompt knows where a subject is, so that there are automatic masks."""
+        return any(self._found)
 
     def begin_evaluation(self, model_options: dict[str, Any], device: torch.device) -> None:
         """A guider starts to evaluate its prompts at one noise level."""
         self._patches = _replacements(model_options)
-        self._evaluation = Evaluation(len(self.subjects), self._canvas, device) if any(self._found) else None
+        self._evaluation = Evaluation(len(self.subjects), self._canvas, device) if self.seeks_subjects else None
 
     def end_evaluation(self) -> None:
         """The maps that came together become the masks of the next evaluation."""
-        if self._evaluation is not None and self._evaluation.has_maps:
+        if self._evaluation is not None and self._evaluation.has_maps and not self._evaluation.cut_short:
             self.masks = self._evaluation.masks(self.masks)
-            self._show(self.masks)
+            self._look(self.masks)
         self._evaluation = None
         self._patches = None
 
@@ -117,39 +137,63 @@ class RunState:
         compiled = self.compilation is not None and self.compilation.active
         factors = [self._factors(i, sigma, x.device) for i in range(len(self.subjects))]
         return Forward(
+            x=x,
             subjects=self.subjects,
             rows=rows,
             cross_factors=tuple(cross for cross, _ in factors),
             self_factors=tuple(own for _, own in factors),
-            size=(x.shape[-2], x.shape[-1]),
             collecting=self._collecting,
             selecting=x.device.type == "cpu" and not compiled,
+            neighbours=self.guard.calls.neighbours,
         )
 
     def finish_forward(self, forward: Forward) -> None:
-        """Put the forward's maps in their places on the canvas."""
-        maps = forward.mean_map()
-        if maps is not None and self._evaluation is not None:
-            self._evaluation.add(maps, forward.rows)
+        """Put the forward's maps in their places on the canvas.
 
-    def final_masks(self) -> dict[str, Tensor]:
-        """{subject key: [B, H, W]}; all ones for a subject whose tokens no positive prompt had."""
-        ones = torch.ones(self._canvas)
-        return {
-            run.settings.subject.key: self.masks[i] if self.masks is not None and self._found[i] else ones
-            for i, run in enumerate(self.subjects)
-        }
+        Raises:
+            ValueError: See `Guard.finish_forward`.
+        """
+        self.guard.finish_forward(forward.passes)
+        if self._evaluation is None or not self._collecting:
+            return
+        maps = forward.mean_map()
+        if maps is not None:
+            self._evaluation.add(maps, forward.rows)
+        elif forward.passes.started:
+            self._evaluation.cut_short = True
+
+    def log(self, samples: Tensor) -> None:
+        """Write the masks of the run that returned `samples` into the log of each subject."""
+        if not self.subjects:
+            return  # nothing was sampled
+        subjects = [run.settings.subject for run in self.subjects]
+        masks = torch.stack(
+            [
+                self.masks[i].cpu() if self.masks is not None and found else torch.ones(self._canvas)
+                for i, found in enumerate(self._found)
+            ]
+        )
+        keys = tuple(subject.key for subject in subjects)
+        run = FinishedRun.of(keys, masks, self.film.count, self.film.frames)
+        for subject in subjects:
+            subject.runs.record(samples, run)
+        self.placing.end(samples, dict(zip(keys, run.masks, strict=True)), self.film.count)
 
     def clear(self) -> None:
         """Let go of everything on the device."""
         self.subjects, self.masks, self._evaluation, self._patches = (), None, None, None
         self.film = Film()
 
-    def _show(self, masks: Tensor) -> None:
-        self.film.add(masks)
-        for live, mask, found in zip(self._live, masks, self._found, strict=True):
-            if live is not None and found:
-                live.show(mask)
+    def _look(self, masks: Tensor) -> None:
+        if self._blind:
+            return
+        self._blind = True  # a look that fails once is not tried again
+        with only_looking("showing the subject mask"):
+            self.film.add(masks)
+            for live, mask, found in zip(self._live, masks, self._found, strict=True):
+                if live is not None and found:
+                    live.show(mask)
+            self._blind = False
 
     def _factors(self, i: int, sigma: Tensor | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         run, gate = self.subjects[i], self._gates[i]
@@ -170,49 +214,62 @@ def _live_mask(entry: SubjectSettings) -> LiveMask | None:
     return LiveMask(part.show_on) if part is not None and part.show_on is not None else None
 
 
-def _subject_run(entry: SubjectSettings, guider: Any, options: dict[str, Any], noise: Tensor) -> SubjectRun:
-    model = guider.inner_model
+def _subject_run(
+    entry: SubjectSettings, guider: Any, options: dict[str, Any], noise: Tensor, where: Whereabouts
+) -> SubjectRun:
+    model, key = guider.inner_model, entry.subject.key
+    image_tokens, shortcut = entry.image_tokens, entry.shortcut
     tokens: ImageTokenLayers | None = None
     reference: KeysValues = {}
-    if entry.image_tokens is not None and entry.image_tokens.weight != 0:
+    if image_tokens is not None and image_tokens.weight != 0 and not where.is_out(image_tokens, key):
         tokens = image_token_layers(entry, noise.device, model.get_dtype_inference())
-    if entry.shortcut is not None and entry.shortcut.strength != 0:
-        reference = reference_keys_values(guider, entry, entry.shortcut, options, noise.device)
+    if shortcut is not None and shortcut.strength != 0 and not where.is_out(shortcut, key):
+        reference = reference_keys_values(guider, entry, shortcut, options, noise.device)
     return SubjectRun(
         settings=entry,
         image_tokens=tokens,
         reference=reference,
-        cross_area=_area(entry.image_tokens, noise),
-        self_area=_area(entry.shortcut, noise),
+        cross_area=where.area(image_tokens, key, noise),
+        self_area=where.area(shortcut, key, noise),
     )
-
-
-def _area(part: Any, noise: Tensor) -> Tensor | None:
-    """A region mask on the run's canvas [B, H, W]."""
-    if part is None or part.window.region is None:
-        return None
-    region = part.window.region.to(noise.device, torch.float32)
-    resized = interpolate(region[:, None], size=noise.shape[-2:], mode="area")[:, 0]
-    return comfy.utils.repeat_to_batch_size(resized, noise.shape[0])
 
 
 def _times(mask: Tensor, area: Tensor | None) -> Tensor:
     return mask if area is None else mask * area
 
 
-def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """OUTER_SAMPLE: gives the run its state, and logs the masks of a run that ended well."""
+def outer_sample(
+    executor: Any,
+    settings: Settings,
+    noise: Any,
+    latent_image: Any,
+    sampler: Any,
+    sigmas: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """OUTER_SAMPLE: gives the run its state, and logs the masks of a run that ended well.
+
+    Args:
+        settings: Those that were installed with the caller.
+    """
     guider = executor.class_obj
-    settings = guider.model_patcher.get_attachment(KEY)
-    original = guider.model_options
-    check_neighbours(guider.model_patcher, settings, original["transformer_options"])
+    patcher, original = guider.model_patcher, guider.model_options
+    if _state(original) is not None:  # it lies on the model twice
+        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+    settings = settings_of(patcher) or settings
+    check_neighbours(patcher, settings, original["transformer_options"])
     guider.model_options = comfy.model_patcher.create_model_options_clone(original)
     options = guider.model_options["transformer_options"]
-    fill_slots(options, settings.has_shortcut)
-    options[KEY] = state = RunState(settings, take_compilation(guider.model_patcher, guider.model_options))
+    make_whole(patcher, settings, options, WRAPPERS)
+    compilation, placing = take_compilation(patcher, guider.model_options), Placing(settings, latent_image, sigmas)
+    options[KEY] = state = RunState(settings, compilation, placing)
+    watch(guider.model_options, state.guard.calls)
     try:
-        samples = executor(*args, **kwargs)
-        settings.log.record(samples, state.final_masks(), state.film)
+        samples = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        state.guard.finish(state.seeks_subjects)
+        with only_looking("keeping the masks of this run for MoMA Subject Mask"):
+            state.log(samples)
         return samples
     finally:
         state.clear()
@@ -223,18 +280,21 @@ def sampler_sample(
     executor: Any, guider: Any, sigmas: Any, extra_args: Any, callback: Any, noise: Any, *args: Any
 ) -> Any:
     """SAMPLER_SAMPLE: the model is loaded and the prompts are processed; sampling is about to start."""
-    model_options = extra_args["model_options"]
-    state = _state(model_options)
+    state = _state(guider.model_options)
     if state is not None:
+        model_options = state.guard.whole(state, extra_args["model_options"])
+        extra_args = {**extra_args, "model_options": model_options}
         state.prepare(guider, model_options, noise)
     return executor(guider, sigmas, extra_args, callback, noise, *args)
 
 
 def predict_noise(executor: Any, x: Any, timestep: Any, model_options: Any = None, *args: Any, **kwargs: Any) -> Any:
     """PREDICT_NOISE: one evaluation of all prompts."""
-    state = _state(model_options)
+    state = _state(executor.class_obj.model_options)
     if state is None:
         return executor(x, timestep, model_options, *args, **kwargs)
+    state.guard.check_prepared()
+    model_options = state.guard.whole(state, model_options)
     state.begin_evaluation(model_options, x.device)
     out = executor(x, timestep, model_options, *args, **kwargs)
     state.end_evaluation()
@@ -253,42 +313,18 @@ def calc_cond_batch(executor: Any, model: Any, conds: Any, x_in: Any, timestep: 
         state.end_call()
 
 
-def apply_model(
-    executor: Any,
-    x: Any,
-    t: Any,
-    c_concat: Any,
-    c_crossattn: Any,
-    control: Any,
-    transformer_options: Any,
-    **kwargs: Any,
-) -> Any:
-    """APPLY_MODEL: one forward of the UNet over some rows."""
-    rows = take_rows(kwargs)
-    state = transformer_options.get(KEY)
-    if rows is None and state is not None:
-        rows = state.unknown_rows(x)
-    if rows is None or state is None:
-        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-    if (rows.pixels.shape[0], *rows.pixels.shape[-2:]) != (x.shape[0], *x.shape[-2:]):
-        raise ValueError(
-            f"MoMA: another node changed the model's input to {tuple(x.shape)}, where {rows.pixels.shape[0]} rows of "
-            f"{rows.pixels.shape[-2]}x{rows.pixels.shape[-1]} were expected. Nodes that cut the picture into tiles do "
-            "that; remove them from this model."
-        )
-
-    def run(model: Callable[..., Any]) -> Any:
-        forward = state.forward(rows, x, transformer_options.get("sigmas"))
-        out = model(x, t, c_concat, c_crossattn, control, {**transformer_options, FORWARD: forward}, **kwargs)
-        state.finish_forward(forward)
-        return out
-
-    return run(executor) if state.compilation is None else state.compilation.run(run, executor)
-
-
 def _replacements(model_options: dict[str, Any]) -> Any:
     return model_options["transformer_options"].get("patches_replace")
 
 
 def _state(model_options: dict[str, Any] | None) -> RunState | None:
     return (model_options or {}).get("transformer_options", {}).get(KEY)
+
+
+WRAPPERS: Wrappers = {
+    WrappersMP.SAMPLER_SAMPLE: sampler_sample,
+    WrappersMP.PREDICT_NOISE: predict_noise,
+    WrappersMP.CALC_COND_BATCH: calc_cond_batch,
+    WrappersMP.APPLY_MODEL: apply_model,
+}
+"""What reaches a run after its start."""

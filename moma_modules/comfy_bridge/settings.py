@@ -1,13 +1,12 @@
-"""What our nodes leave on a patched MODEL: frozen settings, and the log of finished runs."""
+"""What our nodes leave on a patched MODEL: frozen settings."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from ..adapter import Adapter
 from ..subject import Subject
-from .run_log import RunLog
 
 KEY = "moma"
 """Our key for attachments, wrappers, callbacks, additional models and transformer options."""
@@ -73,7 +72,6 @@ class Settings:
     """The attachment of a patched MODEL. Frozen: clones share it."""
 
     subjects: tuple[SubjectSettings, ...] = ()
-    log: RunLog = field(default_factory=RunLog)
 
     @property
     def has_shortcut(self) -> bool:

@@ -26,3 +26,9 @@ def fill_slots(options: dict[str, Any], self_attention: bool) -> None:
             slot = (*place, 0) if (*place, 0) in slots else place
             if not isinstance(slots.get(slot), patch):
                 slots[slot] = patch(block, slots.get(slot))
+
+
+def has_slots(options: dict[str, Any]) -> bool:
+    """Whether any slot of cross-attention still holds a patch of ours."""
+    slots = options.get("patches_replace", {}).get("attn2", {})
+    return any(isinstance(patch, CrossAttentionPatch) for patch in slots.values())

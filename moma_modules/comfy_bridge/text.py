@@ -1,22 +1,20 @@
 """Encoding text with a CLIP, and knowing where in it the subject is."""
 
-import logging
-import re
-from dataclasses import dataclass
-from string import punctuation
+from dataclasses import dataclass, replace
 from typing import Any
+from unicodedata import normalize
 
 from comfy.sd1_clip import escape_important, token_weights, unescape_important
 from torch import Tensor
 
 from ..subject import Subject
-from ..subject_tokens import fill_template, find_subject
-from .conditioning import mark_tokens
+from ..subject_tokens import bare, fill_template, find_subject
+from ..token_text import Piece, bracketed, read_pieces
+from .conditioning import mark_tokens, moved_tokens
+from .text_place import text_start
 
 CLIP_KEY = "l"
 """ComfyUI's name for the one text encoder of SD1.5."""
-WORD_END = "</w>"
-"""How CLIP's vocabulary marks a token that ends a word."""
 
 
 @dataclass(frozen=True)
@@ -28,19 +26,23 @@ class EncodedPrompt:
         text: The full text.
         shown: The tokens as CLIP reads them, the subject's in brackets; or a warning if there are none (then there is
             no subject mask: the subject's features reach the whole picture).
+        found: Whether the subject is in the text.
     """
 
     conditioning: list
     text: str
     shown: str
+    found: bool
 
 
 def encode_prompt(clip: Any, subject: Subject, prompt: str, template: str) -> EncodedPrompt:
     """Encode the positive prompt for a subject.
 
     Raises:
-        ValueError: The CLIP is not SD1.5's.
+        ValueError: The CLIP is not SD1.5's, or a text holds halves of characters.
     """
+    check_characters("prompt", prompt)
+    check_characters("template", template)
     text = fill_template(template, subject.word, prompt)
     tokens = _tokenize(clip, text)
     return _knowing(clip, subject, clip.encode_from_tokens_scheduled(tokens), text, tokens)
@@ -50,8 +52,10 @@ def mark_subject(clip: Any, subject: Subject, conditioning: list, text: str) -> 
     """A copy of `conditioning`, which was encoded from `text`, that knows where one more subject is.
 
     Raises:
-        ValueError: The CLIP is not SD1.5's, or the conditioning is too short for the text.
+        ValueError: The CLIP is not SD1.5's, the conditioning is too short for the text, the text is not in it, or it
+            holds halves of characters.
     """
+    check_characters("text", text)
     tokens = _tokenize(clip, text)
     needed = sum(len(chunk) for chunk in tokens[CLIP_KEY])
     length = min(entry[0].shape[1] for entry in conditioning)
@@ -60,21 +64,24 @@ def mark_subject(clip: Any, subject: Subject, conditioning: list, text: str) -> 
             f"text makes {needed} tokens, conditioning has {length}: it was not encoded from this text. Connect the "
             "text output of the MoMA Text Encode (or the text of the CLIP Text Encode) that made the conditioning."
         )
-    return _knowing(clip, subject, conditioning, text, tokens)
+    marked = _knowing(clip, subject, conditioning, text, tokens)
+    starts = [text_start(clip, tokens, entry[0], needed) for entry in conditioning]
+    return replace(marked, conditioning=moved_tokens(marked.conditioning, subject.key, starts))
 
 
 def _knowing(clip: Any, subject: Subject, conditioning: list, text: str, tokens: dict[str, list]) -> EncodedPrompt:
-    words = [_tokenize(clip, _escaped(_bare(word)))[CLIP_KEY] for word in plain_text(subject.word).split()]
-    positions = find_subject(tokens[CLIP_KEY], words)
+    pieces = _pieces(clip, tokens, plain_text(text))
+    words = [_word_pieces(clip, bare(word)) for word in plain_text(subject.word).split()]
+    positions = find_subject(pieces, words)
     if positions:
-        shown = f"{_bracketed(clip, tokens[CLIP_KEY], positions)}\n[subject]: tokens {', '.join(map(str, positions))}"
+        shown = f"{bracketed(pieces, positions)}\n[subject]: tokens {', '.join(map(str, positions))}"
     else:
         shown = (
-            f"MoMA: the subject {subject.word!r} is not among the words of the prompt {text!r}. The automatic subject "
-            "mask is off, and the subject's features reach the whole picture. Say the subject word in the prompt."
+            f"MoMA: the subject {_quoted(subject.word)} is not among the words of the prompt {_quoted(text)}. The "
+            "automatic subject mask is off, and the subject's features reach the whole picture. Say the subject word "
+            "in the prompt."
         )
-        logging.warning(shown)
-    return EncodedPrompt(mark_tokens(conditioning, {subject.key: positions}), text, shown)
+    return EncodedPrompt(mark_tokens(conditioning, {subject.key: positions}), text, shown, bool(positions))
 
 
 def encode_word(clip: Any, word: str) -> Tensor:
@@ -84,14 +91,26 @@ def encode_word(clip: Any, word: str) -> Tensor:
 
 
 def plain_text(text: str) -> str:
-    """What a prompt says without ComfyUI's emphasis: "a (red:1.2) car" reads "a red car", "\\(1\\)" reads "(1)"."""
+    """What a prompt says without ComfyUI's emphasis: "a (red:1.2) car" reads "a red car", "\\(1\\)" reads "(1)".
+
+    Accents are composed (NFC), as CLIP does; otherwise the MLLM would read them as other letters.
+    """
     parts = token_weights(escape_important(text), 1.0)
-    return unescape_important("".join(part for part, _ in parts))
+    return normalize("NFC", unescape_important("".join(part for part, _ in parts)))
 
 
-def _bare(word: str) -> str:
-    """A word without the punctuation around it, which CLIP joins with whatever punctuation follows in the text."""
-    return word.strip(punctuation) or word
+def check_characters(input_name: str, text: str) -> None:
+    """Check that a text is one: JSON can hold halves of characters, which no tokeniser takes.
+
+    Raises:
+        ValueError: Naming the input and the place.
+    """
+    for place, character in enumerate(text):
+        if "\ud800" <= character <= "\udfff":
+            raise ValueError(
+                f"{input_name} holds half a character ({character!r}, after {text[max(place - 20, 0) : place]!r}): the "
+                "text was cut within an emoji. Write it again."
+            )
 
 
 def _escaped(plain: str) -> str:
@@ -109,23 +128,14 @@ def _tokenize(clip: Any, text: str) -> dict[str, list]:
     return tokens
 
 
-def _bracketed(clip: Any, chunks: list, positions: tuple[int, ...]) -> str:
-    """The prompt put together from its tokens again, those at `positions` in brackets."""
-    parts: list[str] = []
-    offset = 0
-    for chunk in chunks:
-        for index, entry in enumerate(chunk):
-            piece = _token_text(clip, entry)
-            word = piece.removesuffix(WORD_END)
-            if offset + index in positions:
-                word = f"[{word}]"
-            if not piece.startswith("<|"):
-                parts.append(word + (" " if piece.endswith(WORD_END) else ""))
-        offset += len(chunk)
-    return re.sub(r" (?=[.,;:!?](?: |$))", "", "".join(parts).strip())
+def _word_pieces(clip: Any, word: str) -> list[Piece]:
+    return _pieces(clip, _tokenize(clip, _escaped(word)), word)
 
 
-def _token_text(clip: Any, entry: tuple) -> str:
-    if isinstance(entry[0], Tensor):
-        return f"(embedding){WORD_END}"
-    return str(clip.tokenizer.untokenize([entry])[0][1])
+def _pieces(clip: Any, tokens: dict[str, list], text: str) -> list[Piece]:
+    return read_pieces(tokens[CLIP_KEY], lambda token: str(clip.tokenizer.untokenize([(token, 1.0)])[0][1]), text)
+
+
+def _quoted(text: str) -> str:
+    """A text for a message: on one line, as people write it (Python's `repr` spells emoji and accents as codes)."""
+    return f"'{' '.join(text.split())}'"

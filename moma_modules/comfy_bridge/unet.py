@@ -1,5 +1,6 @@
 """The SD1.5 UNet's attention layers: where they are, and whether a model has them."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from ..adapter import Adapter
@@ -36,6 +37,14 @@ def check_model(model: Any, adapter: Adapter) -> None:
             f"model is {name}; its attention layer {layer} has {sizes[layer]} channels, the adapter {adapter.name} "
             f"has {adapter.layer_sizes[layer]}. Load an SD1.5 checkpoint."
         )
+
+
+def attention_layers(unet: Any) -> Iterator[tuple[str, Any]]:
+    """The 32 attention layers of an SD1.5 UNet as they are now, with their names for messages."""
+    for name, number in BLOCKS:
+        transformer = _transformer(_blocks(unet, name)[number])
+        for kind in ("attn1", "attn2"):
+            yield f"{kind} of {name} block {number}", getattr(transformer.transformer_blocks[0], kind, None)
 
 
 def _layer_sizes(unet: Any) -> tuple[tuple[int, ...], int]:

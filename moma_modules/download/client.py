@@ -1,4 +1,8 @@
-"""Starts the process that downloads, follows it and ends it."""
+"""Starts the process that downloads, follows it and ends it.
+
+It is a process because Cancel must end a connection that has stalled at once, and free the file for the next try: a
+thread that waits for the network can neither be ended nor made to let go. No other code of the pack starts one.
+"""
 
 import json
 import os
@@ -14,6 +18,8 @@ from ..release import ADDRESS, REPOSITORY
 
 WORKER = Path(__file__).with_name("worker.py")
 POLL_SECONDS = 0.1
+CREATE_NO_WINDOW = 0x08000000
+"""Of the Windows API; Python has the name `subprocess.CREATE_NO_WINDOW` on Windows only."""
 
 
 def fetch(folder: Path, names: list[str], report: Report) -> None:
@@ -31,18 +37,33 @@ def fetch(folder: Path, names: list[str], report: Report) -> None:
     if all((folder / name).is_file() for name in names):
         return
     job = json.dumps({"repository": REPOSITORY, "folder": str(folder), "files": names})
-    process = subprocess.Popen(
-        [sys.executable, str(WORKER), job],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1"},
-    )
+    options = start_options(sys.platform)
+    process = subprocess.Popen(worker_command(job), stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options)
     assert process.stdout is not None
     try:
         _follow(process.stdout, folder, report)
     finally:
         process.kill()
         process.communicate()
+
+
+def worker_command(job: str) -> list[str]:
+    """The command line of the process: ComfyUI's Python with its choice of packages, no shell, the job as JSON."""
+    return [sys.executable, *(["-s"] if sys.flags.no_user_site else []), str(WORKER), job]
+
+
+def start_options(platform: str) -> dict[str, Any]:
+    """How `subprocess.Popen` is to start the process.
+
+    It gets no console: on Windows one would open, and closing it would end the download. Nor does it share ComfyUI's,
+    where Ctrl+C would reach both; it ends with ComfyUI because its standard input does.
+
+    Args:
+        platform: `sys.platform`.
+    """
+    environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1"}
+    alone = {"creationflags": CREATE_NO_WINDOW} if platform == "win32" else {"start_new_session": True}
+    return {"env": environment, **alone}
 
 
 def _follow(output: IO[bytes], folder: Path, report: Report) -> None:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
+from ..file_kinds import LLAVA, MLLM, MLLM_FORMAT, kind_of
 from ..release import GET_AGAIN
 from .shapes import (
     CONFIG,
@@ -29,10 +29,10 @@ from .shapes import (
     read_vision_shape,
     vision_layers,
 )
-from .weight_files import incomplete, missing_files, read_folder_weights, read_json, read_safetensors, weight_files
+from .weight_files import Reader, incomplete, missing_files, read_folder_weights, read_json, read_mapped, weight_files
 
 TOKENIZER = "tokenizer.model"
-FORMAT, FORMAT_VERSION = "moma_mllm", "1"
+FORMAT, FORMAT_VERSION = MLLM_FORMAT, "1"
 """What the metadata of a converted file says it is."""
 
 TOKENIZER_KEY = "tokenizer"
@@ -56,7 +56,7 @@ _UNUSED_SUFFIXES = (".rotary_emb.inv_freq", ".embeddings.position_ids")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A read and checked checkpoint. Tensors are memory-mapped where the files allow it.
+    """A read and checked checkpoint.
 
     Attributes:
         config: The content of config.json.
@@ -79,29 +79,21 @@ class Checkpoint:
 def find_checkpoints(roots: Iterable[Path]) -> dict[str, Path]:
     """LLaVA folders and converted files at or below `roots`, by path relative to their root; the first root wins.
 
-    Links are followed, but not back to a folder they lie in. Hidden folders are left out.
+    Links are followed, but not back to a folder they lie in. Hidden folders are left out. Only files that are new or
+    have changed are opened.
     """
     found: dict[str, Path] = {}
     for root in roots:
         for folder, subfolders, files in os.walk(root, followlinks=True):
             path = Path(folder)
-            if CONFIG in files and _is_llava(path / CONFIG):
+            if CONFIG in files and kind_of(path / CONFIG) == LLAVA:
                 found.setdefault(path.relative_to(root).as_posix() if path != root else root.name, path)
             for file in files:
-                if file.endswith(".safetensors") and is_converted(path / file):
+                if file.endswith(".safetensors") and kind_of(path / file) == MLLM:
                     found.setdefault((path / file).relative_to(root).as_posix(), path / file)
             deep = len(path.relative_to(root).parts) >= MAX_DEPTH
             subfolders[:] = [] if deep else [name for name in subfolders if _leads_on(path / name)]
     return found
-
-
-def is_converted(path: Path) -> bool:
-    """Whether a `.safetensors` file says that it is a converted checkpoint (only the header is read)."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
-    except (SafetensorError, OSError):
-        return False
 
 
 def absent_files(path: Path) -> list[str]:
@@ -120,17 +112,18 @@ def checkpoint_files(path: Path) -> list[Path]:
     return sorted(file for file in path.iterdir() if file.is_file() and file.suffix in SUFFIXES)
 
 
-def read_checkpoint(path: Path, vision_heads: int | None = None) -> Checkpoint:
+def read_checkpoint(path: Path, vision_heads: int | None = None, read: Reader = read_mapped) -> Checkpoint:
     """Read and check a folder or a converted file.
 
     Args:
         vision_heads: Attention heads of the vision tower; CLIP's rule, width / 64, where None.
+        read: How weight files are read. Mapped, only what is looked at is read from the disk.
 
     Raises:
         ValueError: A file is missing, truncated or of another kind, or a weight is missing, not known, or of a wrong
             shape or dtype. The message names it.
     """
-    config, tokenizer, weights = _read_converted(path) if path.is_file() else _read_folder(path)
+    config, tokenizer, weights = _read_converted(path, read) if path.is_file() else _read_folder(path, read)
     language_shape = read_language_shape(config, path)
     if tokenizer.vocab_size() > language_shape.vocabulary:
         raise ValueError(
@@ -163,26 +156,18 @@ def _leads_on(folder: Path) -> bool:
         return False
 
 
-def _is_llava(config: Path) -> bool:
-    try:
-        content = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and "mm_projector_type" in content
-
-
-def _read_folder(folder: Path) -> tuple[dict[str, Any], SentencePieceProcessor, dict[str, Tensor]]:
+def _read_folder(folder: Path, read: Reader) -> tuple[dict[str, Any], SentencePieceProcessor, dict[str, Tensor]]:
     config = read_json(folder / CONFIG)
     path = folder / TOKENIZER
     if not path.is_file():
         raise ValueError(incomplete(folder, [TOKENIZER]))
     tokenizer = _tokenizer(path.read_bytes(), path)
-    tensors = {key: value for key, value in read_folder_weights(folder).items() if not _is_unused(key)}
+    tensors = {key: value for key, value in read_folder_weights(folder, read).items() if not _is_unused(key)}
     return config, tokenizer, {_canonical(key, folder): value for key, value in tensors.items()}
 
 
-def _read_converted(path: Path) -> tuple[dict[str, Any], SentencePieceProcessor, dict[str, Tensor]]:
-    tensors, metadata = read_safetensors(path)
+def _read_converted(path: Path, read: Reader) -> tuple[dict[str, Any], SentencePieceProcessor, dict[str, Tensor]]:
+    tensors, metadata = read(path)
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a converted MoMA MLLM (format {metadata.get('format')!r}).")
     if metadata.get("version") != FORMAT_VERSION:

@@ -49,9 +49,7 @@ def forward(loaded: LoadedMllm, pixels: Tensor, ids: list[int]) -> Tensor:
     progress = comfy.utils.ProgressBar(len(layers))
     with _after_each(layers, lambda: _step(progress)):
         features = module.image_features(pixels.to(device, dtype))
-        before, after = (
-            module.embed(torch.tensor([part], device=device)).to(dtype) for part in (ids[:place], ids[place + 1 :])
-        )
+        before, after = (module.embed(torch.tensor([part], device=device)) for part in (ids[:place], ids[place + 1 :]))
         hidden = module.last_hidden_state(torch.cat([before, features, after], dim=1))
     return hidden.to("cpu", torch.float32)
 

@@ -19,7 +19,8 @@ from .model import Mllm
 LIMIT = 1000
 """Hidden states kept, 16 KiB each with the released checkpoint; the ones not used for longest go first."""
 
-_FORMAT = "moma hidden state 1"
+_FORMAT = "moma hidden state 2"
+"""Part of what names a file. A new number, when the same inputs give another result, leaves the old files unused."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ unpacked there. What belongs to a packed weight is a parameter too: all of it mo
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
 
 import comfy.model_management
 import comfy.ops
@@ -59,7 +58,8 @@ class PackedLinear(CastLinear, ABC):
         weight, bias, stream = comfy.ops.cast_bias_weight(
             self, x, dtype=self.weight.dtype, bias_dtype=x.dtype, offloadable=True
         )
-        product = self.multiply(x, weight, self.weight_scale.to(x.device), bias)
+        scale = comfy.model_management.cast_to_device(self.weight_scale, x.device, None)  # does not wait for the device
+        product = self.multiply(x, weight, scale, bias)
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
         return product
 
@@ -143,27 +143,3 @@ class Nf4Linear(PackingLinear):
         )
         dense = bitsandbytes.functional.dequantize_4bit(weight, state)
         return nn.functional.linear(x, dense, bias)
-
-
-def comfy_leaf(leaf: nn.Module, linear: type[CastLinear] = CastLinear) -> nn.Module | None:
-    """ComfyUI's leaf for a plain torch one of the same size, without memory; None where ComfyUI has none.
-
-    Args:
-        linear: What a Linear becomes.
-    """
-    make = _LEAVES.get(type(leaf))
-    return make(leaf, linear) if make else None
-
-
-_LEAVES: dict[type[nn.Module], Callable[[Any, type[CastLinear]], nn.Module]] = {
-    nn.Linear: lambda leaf, linear: linear(
-        leaf.in_features, leaf.out_features, bias=leaf.bias is not None, device="meta"
-    ),
-    nn.Embedding: lambda leaf, _: comfy.ops.manual_cast.Embedding(
-        leaf.num_embeddings, leaf.embedding_dim, device="meta"
-    ),
-    nn.LayerNorm: lambda leaf, _: comfy.ops.manual_cast.LayerNorm(leaf.normalized_shape, eps=leaf.eps, device="meta"),
-    nn.Conv2d: lambda leaf, _: comfy.ops.manual_cast.Conv2d(
-        leaf.in_channels, leaf.out_channels, leaf.kernel_size, leaf.stride, bias=leaf.bias is not None, device="meta"
-    ),
-}

@@ -1,7 +1,6 @@
-"""The MLLM as a module in ComfyUI's memory management.
+"""The MLLM in ComfyUI's memory management.
 
-The architectures are transformers' own LLaMA and CLIP; their leaves are replaced with ComfyUI's, which cast and move
-weights as they compute. Weights stay in the memory-mapped pages of the files, where possible, or are packed smaller.
+Weights stay in the memory-mapped pages of the files, where possible, or are packed smaller.
 """
 
 import logging
@@ -17,63 +16,15 @@ import comfy.utils
 import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
-from torch.nn import Linear
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaModel
 
+from .architecture import MllmModule, fill_constants
 from .checkpoint import Checkpoint, read_checkpoint
 from .identity import checkpoint_identity
-from .leaves import CastLinear, PackingLinear, RowScaledLinear, comfy_leaf
-from .precision import PACKED, Plan, is_language_matrix, make_plan
-from .quantize import QUANTIZED_DTYPES, SCALE_SUFFIX
-from .shapes import LanguageShape, VisionShape
-
-
-class MllmModule(nn.Module):
-    """Vision tower, projector and language model. A plain module: transformers' own has a read-only `device`."""
-
-    def __init__(self, language: LanguageShape, vision: VisionShape) -> None:
-        """Build the structure, of torch's own leaves and without memory; `fill` completes it."""
-        super().__init__()
-        with torch.device("meta"):
-            self.language = LlamaModel(_llama_config(language))
-            tower = CLIPVisionModel(_clip_config(vision))
-            self.vision = getattr(tower, "vision_model", tower)  # transformers 5 dropped the inner module
-            self.projector = nn.Sequential(
-                Linear(vision.width, language.hidden_size),
-                nn.GELU(),
-                Linear(language.hidden_size, language.hidden_size),
-            )
-        self.vision.post_layernorm = nn.Identity()  # belongs to the pooled output, which LLaVA does not use
-        self.requires_grad_(False)
-
-    def image_features(self, pixels: Tensor) -> Tensor:
-        """[1, 3, S, S] to [1, patches, hidden]: patch features of the layer LLaVA selects, projected."""
-        self._bring_strays(pixels.device)
-        return self.projector(self.vision(pixels).last_hidden_state[:, 1:])
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Token ids [1, L] to embeddings [1, L, hidden], in the dtype of the weights."""
-        return self.language.embed_tokens(ids)
-
-    def last_hidden_state(self, embeddings: Tensor) -> Tensor:
-        """[1, L, hidden] to [1, hidden]: the last token after the final norm."""
-        self._bring_strays(embeddings.device)
-        return self.language(inputs_embeds=embeddings, use_cache=False).last_hidden_state[:, -1]
-
-    def layers(self) -> list[nn.Module]:
-        """All transformer layers in the order they run, for progress."""
-        return [*self.vision.encoder.layers, *self.language.layers]
-
-    def _bring_strays(self, device: torch.device) -> None:
-        """Norm weights, the class embedding and constant buffers are no leaves of ComfyUI's: they follow the input."""
-        for module in self.modules():
-            if hasattr(module, "comfy_cast_weights"):
-                continue
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.device != device:
-                    setattr(module, name, nn.Parameter(parameter.to(device), requires_grad=False))
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(device))
+from .leaves import CastLinear, PackingLinear, RowScaledLinear
+from .precision import PACKED, Machine, Plan, is_kept, is_language_matrix, make_plan
+from .quantize import SCALE_SUFFIX
+from .seam import use_comfy_leaves
+from .weight_files import read_pickle, readable
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,17 +81,10 @@ class Mllm:
         found = _LOADED.get(key)
         if found is None:
             logging.info("MoMA MLLM %s: %s", self.name, self.plan.summary)
-            found = load_checkpoint(read_checkpoint(self.path, self.vision_heads), self.plan, mllm_device())
+            checkpoint = read_checkpoint(self.path, self.vision_heads, read_as_comfyui)
+            found = load_checkpoint(checkpoint, self.plan, mllm_device())
             _LOADED[key] = found
         return found
-
-    def leave_device(self) -> None:
-        """Take the weights off the device, as ComfyUI does for want of room; does nothing where none are loaded."""
-        loaded = _LOADED.get((self.identity, self.plan))
-        if loaded is None:
-            return
-        others = [m for m in comfy.model_management.current_loaded_models if m.model is not loaded.patcher]
-        comfy.model_management.free_memory(1e30, loaded.patcher.load_device, keep_loaded=others)
 
 
 def mllm_device() -> torch.device:
@@ -148,29 +92,47 @@ def mllm_device() -> torch.device:
     return comfy.model_management.get_torch_device()
 
 
-def load_mllm(path: Path, precision: str = "auto", vision_heads: int | None = None) -> Mllm:
+def load_mllm(
+    path: Path, precision: str = "auto", vision_heads: int | None = None, machine: Machine | None = None
+) -> Mllm:
     """Check a LLaVA checkpoint and plan how to run it, without reading its weights.
 
     Args:
         precision: One of `PRECISIONS`.
         vision_heads: See `read_checkpoint`.
+        machine: What it is planned for; this one, measured, where None.
 
     Raises:
-        ValueError: See `read_checkpoint` and `make_plan`; also a weight that is missing, unknown or of a wrong shape.
+        ValueError: See `read_checkpoint` and `make_plan`.
     """
     checkpoint = read_checkpoint(path, vision_heads)
-    weights = _checked_weights(checkpoint, MllmModule(checkpoint.language_shape, checkpoint.vision_shape))
     return Mllm(
         path=path,
         name=checkpoint.name,
         identity=checkpoint_identity(path),
         precision=precision,
-        plan=make_plan(precision, weights, mllm_device()),
+        plan=make_plan(precision, dict(_prefixed(checkpoint)), machine or Machine.measure(mllm_device())),
         hidden_size=checkpoint.language_shape.hidden_size,
         image_size=checkpoint.vision_shape.image_size,
         tokenizer=checkpoint.tokenizer,
         vision_heads=vision_heads,
     )
+
+
+def read_as_comfyui(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a weight file, read as ComfyUI reads its own.
+
+    `.safetensors` go through its loader, for what that does under dynamic VRAM and with `--disable-mmap`. PyTorch's
+    files do not: without that option it would read all 14 GB into memory where they can be mapped.
+
+    Raises:
+        ValueError: The file is unreadable, or holds code.
+    """
+    if path.suffix != ".safetensors":
+        return read_pickle(path, mmap=not comfy.utils.DISABLE_MMAP), {}
+    with readable(path):
+        tensors, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
+    return tensors, metadata or {}
 
 
 def load_checkpoint(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> LoadedMllm:
@@ -181,39 +143,31 @@ def load_checkpoint(checkpoint: Checkpoint, plan: Plan, device: torch.device) ->
     Args:
         device: Where it will compute.
     """
+    weights = dict(_prefixed(checkpoint))
     module = MllmModule(checkpoint.language_shape, checkpoint.vision_shape)
-    weights = _checked_weights(checkpoint, module)
-    use_comfy_leaves(module, plan.storage, {key for key in weights if key.endswith(SCALE_SUFFIX)})
+    _check_structure(module, weights)
+    use_comfy_leaves(module, plan.compute_dtype, lambda key: _linear(key, weights, plan.storage))
     progress = comfy.utils.ProgressBar(len(weights))
     for key in list(weights):
         comfy.model_management.throw_exception_if_processing_interrupted()
         _fill(module, key, weights, plan.compute_dtype)
         progress.update(1)
-    _fill_constants(module, checkpoint.language_shape)
+    fill_constants(module, checkpoint.language_shape)
     patcher = comfy.model_patcher.CoreModelPatcher(
         module, load_device=device, offload_device=comfy.model_management.text_encoder_offload_device()
     )
     return LoadedMllm(patcher, plan)
 
 
-def use_comfy_leaves(module: MllmModule, storage: str | None, scale_keys: set[str]) -> None:
-    """Replace torch's leaves by ComfyUI's of the same size.
+def _linear(key: str, weights: dict[str, Tensor], storage: str | None) -> type[CastLinear]:
+    """What the Linear with this weight becomes.
 
     Args:
-        storage: What the matrices of the language model become, see `Plan`.
-        scale_keys: Names of the scales in the file: what has one is packed there already.
+        storage: What the matrices of the language model become, see `Plan`; those with scales are packed in the file.
     """
-    for parent_name, parent in list(module.named_modules()):
-        for name, leaf in list(parent.named_children()):
-            key = f"{parent_name}.{name}.weight"
-            linear: type[CastLinear] = CastLinear
-            if key + SCALE_SUFFIX in scale_keys:
-                linear = RowScaledLinear
-            elif storage is not None and is_language_matrix(key):
-                linear = PACKED[storage]
-            replacement = comfy_leaf(leaf, linear)
-            if replacement is not None:
-                setattr(parent, name, replacement)
+    if key + SCALE_SUFFIX in weights:
+        return RowScaledLinear
+    return PACKED[storage] if storage is not None and is_language_matrix(key) else CastLinear
 
 
 def _fill(module: MllmModule, key: str, weights: dict[str, Tensor], compute_dtype: torch.dtype) -> None:
@@ -224,90 +178,29 @@ def _fill(module: MllmModule, key: str, weights: dict[str, Tensor], compute_dtyp
     if name == "weight" and isinstance(owner, PackingLinear):
         packed, scale = owner.pack(tensor)
         parts = {"weight": packed, "weight" + SCALE_SUFFIX: scale}
-    elif not isinstance(owner, (Linear, nn.Embedding)):
-        parts = {name: tensor.to(compute_dtype)}  # all but the matrices are a few thousand values
+    elif not is_kept(key, weights):
+        parts = {name: tensor.to(compute_dtype)}
     for part, value in parts.items():
         setattr(owner, part, nn.Parameter(value, requires_grad=False))
 
 
-def _llama_config(shape: LanguageShape) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_value_heads,
-        rms_norm_eps=shape.norm_epsilon,
-        max_position_embeddings=4096,
-        hidden_act="silu",
-    )
-
-
-def _clip_config(shape: VisionShape) -> CLIPVisionConfig:
-    return CLIPVisionConfig(
-        hidden_size=shape.width,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        image_size=shape.image_size,
-        patch_size=shape.patch_size,
-        hidden_act="quick_gelu",
-        layer_norm_eps=1e-5,
-    )
-
-
-def _checked_weights(checkpoint: Checkpoint, module: MllmModule) -> dict[str, Tensor]:
-    """All weights by their names in `module`, whose leaves are still torch's own.
-
-    Raises:
-        ValueError: A weight is missing, has no place, or is of a wrong shape or dtype.
-    """
-    weights = dict(_prefixed(checkpoint))
-    expected = module.state_dict()
-    missing = sorted(set(expected) - set(weights))
-    if missing:
-        raise ValueError(f"MLLM {checkpoint.name} is incomplete: weight {missing[0]!r} is missing.")
-    for key, tensor in weights.items():
-        owner = key.removesuffix(SCALE_SUFFIX)
-        if owner not in expected:
-            raise ValueError(f"MLLM {checkpoint.name}: weight {key!r} has no place in a LLaVA-1.5 model.")
-        shape = tuple(expected[owner].shape)
-        if key != owner:
-            fits, wanted = tensor.shape == shape[:1] and tensor.is_floating_point(), f"scales {shape[:1]}"
-        elif key + SCALE_SUFFIX in weights:
-            fits, wanted = tensor.shape == shape and tensor.dtype in QUANTIZED_DTYPES, f"fp8 or int8 {shape}"
-        else:
-            fits = tensor.shape == shape and tensor.is_floating_point() and tensor.dtype.itemsize > 1
-            wanted = f"a floating-point one of shape {shape}"
-        if not fits:
-            raise ValueError(
-                f"MLLM {checkpoint.name}: weight {key!r} is {tensor.dtype} {tuple(tensor.shape)}, expected {wanted}."
-            )
-    return weights
-
-
 def _prefixed(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """All weights by their names in `MllmModule`."""
     for name in ("language", "vision", "projector"):
         for key, value in getattr(checkpoint, name).items():
             yield f"{name}.{key}", value
 
 
-def _fill_constants(module: MllmModule, shape: LanguageShape) -> None:
-    """Buffers that no file holds: rotary frequencies (RoFormer, arXiv 2104.09864) and position numbers."""
-    head = shape.hidden_size // shape.heads
-    frequencies = 1.0 / shape.rope_theta ** (torch.arange(0, head, 2).float() / head)
-    for owner in module.modules():
-        for name, buffer in list(owner.named_buffers(recurse=False)):
-            if name in ("inv_freq", "original_inv_freq"):
-                setattr(owner, name, frequencies.clone())
-            elif name == "position_ids":
-                setattr(owner, name, torch.arange(buffer.shape[-1])[None])
-    left = [name for name, tensor in _tensors(module) if tensor.is_meta]
-    if left:
-        raise RuntimeError(f"This version of transformers has a constant that the pack does not know: {left[0]}.")
+def _check_structure(module: MllmModule, weights: dict[str, Tensor]) -> None:
+    """Check that transformers' models have the weights of a (checked) checkpoint.
 
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+    Raises:
+        RuntimeError: They have others.
+    """
+    expected = {key: value.shape for key, value in module.state_dict().items()}
+    found = {key: value.shape for key, value in weights.items() if not key.endswith(SCALE_SUFFIX)}
+    differing = sorted(key for key in {*expected, *found} if expected.get(key) != found.get(key))
+    if differing:
+        raise RuntimeError(
+            f"This version of transformers builds LLaMA or CLIP in a way that the pack does not know: {differing[0]}."
+        )

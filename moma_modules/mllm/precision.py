@@ -4,6 +4,7 @@ import importlib.util
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 import comfy.model_management
 import torch
@@ -32,7 +33,8 @@ class Plan:
 
     Attributes:
         storage: A key of `PACKED`, or None for the weights as they are in the file.
-        compute_dtype: What the forward pass computes in.
+        compute_dtype: What the forward pass computes in: the dtype of every layer's input. Inside, LLaMA's norms and
+            rotary angles are float32 by definition, and what is 8-bit, see `leaves.Int8Linear`.
         summary: One line for the user: what was chosen, and why.
     """
 
@@ -42,60 +44,88 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes that weights could have: on the device (other models of ComfyUI's go when room is needed) and in RAM."""
+class Machine:
+    """What a plan depends on beside the file.
 
-    device: int
+    Attributes:
+        device: Where it computes.
+        free: Bytes that weights could have there (other models of ComfyUI's go when room is needed).
+        ram: Bytes that they could have in RAM.
+        fast_dtype: What the device is fastest in, as far as ComfyUI knows.
+        bf16_gain: For a CPU, how many times as fast as fp32 bf16 is; decides there.
+        holds_fp8: Whether the device can hold fp8.
+    """
+
+    device: torch.device
+    free: int
     ram: int
+    fast_dtype: torch.dtype = torch.float32
+    bf16_gain: float | None = None
+    holds_fp8: bool = True
 
     @classmethod
-    def measure(cls, device: torch.device) -> "Memory":
-        """What is free now, less what ComfyUI keeps free for computing."""
-        ram = comfy.model_management.get_free_memory(torch.device("cpu"))
+    def measure(cls, device: torch.device) -> "Machine":
+        """This machine, now: what is free less what ComfyUI keeps free for computing."""
+        ram = int(comfy.model_management.get_free_memory(torch.device("cpu")))
+        fp8 = comfy.model_management.supports_cast(device, torch.float8_e4m3fn)
         if device.type == "cpu":
-            return cls(int(ram), int(ram))
+            return cls(device, ram, ram, bf16_gain=cpu_bf16_gain(), holds_fp8=fp8)
         free = comfy.model_management.get_free_memory(device) - comfy.model_management.minimum_inference_memory()
         held = sum(m.model_loaded_memory() for m in comfy.model_management.current_loaded_models if m.device == device)
-        return cls(max(int(free + held), 0), int(ram))
+        fast = torch.float16 if comfy.model_management.should_use_fp16(device) else torch.float32
+        fast = torch.bfloat16 if comfy.model_management.should_use_bf16(device) else fast
+        return cls(device, max(int(free + held), 0), ram, fast, holds_fp8=fp8)
+
+    @property
+    def best_dtype(self) -> torch.dtype:
+        """What to compute in where the user leaves it open."""
+        if self.bf16_gain is None:
+            return self.fast_dtype
+        return torch.bfloat16 if self.bf16_gain > _CPU_GAIN else torch.float32
 
 
-def make_plan(
-    precision: str, weights: Mapping[str, Tensor], device: torch.device, memory: Memory | None = None
-) -> Plan:
-    """How to run these weights on this device.
+def make_plan(precision: str, weights: Mapping[str, Tensor], machine: Machine) -> Plan:
+    """How to run these weights on this machine.
 
     `auto` takes the weights as they are in the file, in the dtype that the device is fastest at. Only where they fit
     neither on the device nor, to be streamed from there, in RAM, it takes fp8.
 
     Args:
         precision: One of `PRECISIONS`.
-        weights: All weights of the file by name, see `language_matrices`.
-        memory: What there is; measured where None.
+        weights: All weights of the file by their names in `MllmModule`.
 
     Raises:
         ValueError: The file, the device or a missing library stands against this precision; says what to do.
     """
-    memory = memory or Memory.measure(device)
-    in_file = stored_as(weights)
+    device, in_file = machine.device, stored_as(weights)
     storage = precision if precision in PACKED and precision != in_file else None
-    _check_storage(storage, in_file, device)
-    dtype, why = _compute_dtype(precision, weights, device)
-    size = packed_size(weights, storage)
+    _check_storage(storage, in_file, machine)
+    dtype = _DTYPES.get(precision, machine.best_dtype)
+    why = ""
+    if precision not in _DTYPES and machine.bf16_gain is not None:
+        why = f" (bf16 is {machine.bf16_gain:.1f} times as fast as fp32 here)"
+    size = packed_size(weights, storage, dtype)
     if (
         precision == "auto"
         and in_file is None
-        and size > max(memory.device, memory.ram)
+        and size > max(machine.free, machine.ram)
         and device.type != "cpu"
-        and comfy.model_management.supports_cast(device, torch.float8_e4m3fn)
+        and machine.holds_fp8
     ):
-        why = f" because the file's {_gb(size)} fit neither there nor in {_gb(memory.ram)} of free RAM"
-        storage, size = "fp8", packed_size(weights, "fp8")
+        why = f" because the file's {_gb(size)} fit neither there nor in {_gb(machine.ram)} of free RAM"
+        storage, size = "fp8", packed_size(weights, "fp8", dtype)
     kept = storage or in_file or _name(next(t.dtype for key, t in weights.items() if is_language_matrix(key)))
-    summary = f"{precision}: weights in {kept}, computing in {_name(dtype)} on {device}{why}; {_gb(size)}"
+    computing = f"computing in {_name(dtype)}{_products(storage, device)}"
+    summary = f"{precision}: weights in {kept}, {computing} on {device}{why}; {_gb(size)}"
     if device.type != "cpu":
-        fits = size <= memory.device
-        summary += f", {'all' if fits else _gb(memory.device)} on the card" + ("" if fits else ", the rest streamed")
+        fits = size <= machine.free
+        summary += f", {'all' if fits else _gb(machine.free)} on the card" + ("" if fits else ", the rest streamed")
     return Plan(storage, dtype, summary)
+
+
+def _products(storage: str | None, device: torch.device) -> str:
+    """What a summary says of products that are not in the dtype computed in: bitsandbytes' 8-bit ones, off the CPU."""
+    return " (products in int8, outliers in fp16)" if storage == "8-bit" and device.type != "cpu" else ""
 
 
 def stored_as(weights: Mapping[str, Tensor]) -> str | None:
@@ -111,22 +141,39 @@ def is_language_matrix(key: str) -> bool:
     return key.startswith("language.layers.") and key.endswith("_proj.weight")
 
 
-def packed_size(weights: Mapping[str, Tensor], storage: str | None) -> int:
-    """Bytes of these weights once the language model's matrices are packed."""
+def is_kept(key: str, weights: Mapping[str, Tensor]) -> bool:
+    """Whether a weight stays in the file's dtype and is cast at each use, as matrices with their biases and scales do.
+
+    The others (norms, the class embedding, the patch convolution: 0.01 % of all values) are loaded in the dtype
+    computed in.
+    """
+    matrix = weights.get(key.rpartition(".")[0] + ".weight")
+    return matrix is not None and matrix.ndim == 2
+
+
+def packed_size(weights: Mapping[str, Tensor], storage: str | None, dtype: torch.dtype) -> int:
+    """Bytes of these weights once they are loaded.
+
+    Args:
+        storage: What the language model's matrices are packed in, a key of `PACKED`.
+        dtype: What is computed in.
+    """
     total = 0.0
     for key, tensor in weights.items():
         if storage and is_language_matrix(key):
             scales = 0 if storage == "4-bit" else 4 * tensor.shape[0]
             total += _PACKED_BYTES[storage] * tensor.numel() + scales
         else:
-            total += tensor.nbytes
+            total += tensor.nbytes if is_kept(key, weights) else tensor.numel() * dtype.itemsize
     return int(total)
 
 
-def fastest_cpu_dtype() -> tuple[torch.dtype, float]:
-    """bf16 or fp32, whichever multiplies matrices sooner here, and how many times as fast bf16 is.
+@cache
+def cpu_bf16_gain() -> float:
+    """How many times as fast as fp32 this CPU multiplies matrices in bf16.
 
-    Measured: what a CPU can does not tell what the installed torch makes of it. Takes some tenths of a second.
+    Measured, in some tenths of a second: what a CPU can does not tell what the installed torch makes of it. Once per
+    process: two loads of one model are to agree.
     """
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -137,25 +184,14 @@ def fastest_cpu_dtype() -> tuple[torch.dtype, float]:
             torch.nn.functional.linear(x, weight)
             runs.append(time.perf_counter() - start)
         seconds[dtype] = min(runs)
-    gain = seconds[torch.float32] / seconds[torch.bfloat16]
-    return (torch.bfloat16 if gain > _CPU_GAIN else torch.float32), gain
+    return seconds[torch.float32] / seconds[torch.bfloat16]
 
 
-def _compute_dtype(precision: str, weights: Mapping[str, Tensor], device: torch.device) -> tuple[torch.dtype, str]:
-    if precision in _DTYPES:
-        return _DTYPES[precision], ""
-    if device.type == "cpu":
-        dtype, gain = fastest_cpu_dtype()
-        return dtype, f" (bf16 is {gain:.1f} times as fast as fp32 here)"
-    if comfy.model_management.should_use_bf16(device):
-        return torch.bfloat16, ""
-    return (torch.float16 if comfy.model_management.should_use_fp16(device) else torch.float32), ""
-
-
-def _check_storage(storage: str | None, in_file: str | None, device: torch.device) -> None:
-    if "fp8" in (storage, in_file) and not comfy.model_management.supports_cast(device, torch.float8_e4m3fn):
+def _check_storage(storage: str | None, in_file: str | None, machine: Machine) -> None:
+    if "fp8" in (storage, in_file) and not machine.holds_fp8:
         raise ValueError(
-            f"precision: {device} cannot hold fp8. Choose auto with the 16-bit files, or with a file converted to int8."
+            f"precision: {machine.device} cannot hold fp8. Choose auto with the 16-bit files, or with a file "
+            "converted to int8."
         )
     if storage is None:
         return

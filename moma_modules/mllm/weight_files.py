@@ -1,21 +1,23 @@
-"""Named weights from `.bin` and `.safetensors` files, whole or in shards. No code in a file is run.
-
-Tensors are memory-mapped where the file allows it.
-"""
+"""Named weights from `.bin` and `.safetensors` files, whole or in shards. No code in a file is run."""
 
 import json
 import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ..release import GET_AGAIN
 
 INDEXES = ("pytorch_model.bin.index.json", "model.safetensors.index.json")
 WHOLE_FILES = ("pytorch_model.bin", "model.safetensors")
+
+Reader = Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]
+"""Gives tensors and metadata of a weight file, or raises a ValueError that names it."""
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -37,7 +39,7 @@ def missing_files(folder: Path, names: list[str]) -> list[str]:
     return [name for name in names if not (folder / name).is_file()]
 
 
-def read_folder_weights(folder: Path) -> dict[str, Tensor]:
+def read_folder_weights(folder: Path, read: Reader) -> dict[str, Tensor]:
     """All weights of a checkpoint folder.
 
     Raises:
@@ -49,7 +51,7 @@ def read_folder_weights(folder: Path) -> dict[str, Tensor]:
         raise ValueError(incomplete(folder, missing))
     tensors: dict[str, Tensor] = {}
     for name in names:
-        tensors |= read_weights(folder / name)
+        tensors |= read(folder / name)[0]
     for index in (folder / name for name in INDEXES):
         if index.is_file() and _indexed(folder, index.name) == names:
             lost = sorted(set(read_json(index)["weight_map"]) - set(tensors))
@@ -58,26 +60,29 @@ def read_folder_weights(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The weights of one file, by its suffix `.safetensors` or as PyTorch's own format.
+def read_mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of one file, `.safetensors` or in PyTorch's own format: a `Reader` without ComfyUI.
 
     Raises:
         ValueError: The file is unreadable, holds code, or is no file of named weights.
     """
-    return read_safetensors(path)[0] if path.suffix == ".safetensors" else _read_pickle(path)
+    if path.suffix != ".safetensors":
+        return read_pickle(path), {}
+    with readable(path), safe_open(path, framework="pt") as file:
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a `.safetensors` file.
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns whatever reading a `.safetensors` file raises into an error that names it.
 
     Raises:
         ValueError: The file is unreadable.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+        yield
+    except Exception as error:  # a broken header can make a reader fail in any way
         raise ValueError(f"{path} is not a readable .safetensors file (truncated download?): {error}") from error
 
 
@@ -115,11 +120,19 @@ def _indexed(folder: Path, name: str) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def read_pickle(path: Path, mmap: bool = True) -> dict[str, Tensor]:
+    """Named weights from a file in PyTorch's own format.
+
+    Args:
+        mmap: Map the tensors instead of reading them, where the file allows it.
+
+    Raises:
+        ValueError: The file is unreadable, holds code, or is no file of named weights.
+    """
     try:
         with path.open("rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"  # the older pickle format cannot be memory-mapped
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
     except pickle.UnpicklingError as error:
         raise ValueError(
             # PyTorch's own words are left out: they advise to load the file without this protection.

@@ -1,0 +1,285 @@
+"""Nothing switches MoMA off silently: whatever another node takes off the MODEL is put back, or the run says what."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import comfy.model_management
+import comfy.samplers
+import pytest
+import torch
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfyui_moma.moma_modules.comfy_bridge.patching import settings_of
+from compat_rows import message
+from scene import masks_of, moma, negative, positive, sample, tiny_shortcut
+
+OURS = "moma"
+KINDS = ("outer_sample", "sampler_sample", "predict_noise", "calc_cond_batch", "apply_model")
+
+
+def run(model: Any, subject: Any, **kwargs: Any) -> torch.Tensor:
+    return sample(model, positive(subject), negative(), **{"steps": 2, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def full(model: Any, adapter: Any, subject: Any) -> Any:
+    return moma(model, adapter, subject, shortcut=tiny_shortcut())
+
+
+@pytest.fixture(scope="module")
+def expected(full: Any, subject: Any) -> torch.Tensor:
+    return run(full, subject)
+
+
+def passed_through(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    return executor(*args, **kwargs)
+
+
+def replace_kinds(*kinds: str) -> Callable[[Any], None]:
+    """As BrushNet and PowerPaint do it: the wrappers of whole kinds give way to the pack's own."""
+    return lambda model: model.wrappers.update({kind: {None: [passed_through]} for kind in kinds})
+
+
+def no_wrappers(model: Any) -> None:
+    model.wrappers = {}
+
+
+def no_slots(model: Any) -> None:
+    model.model_options["transformer_options"]["patches_replace"] = {}
+
+
+def own_slots(model: Any) -> None:
+    """A fresh dict with the pack's own replacement in one slot."""
+
+    def halved(q: Any, k: Any, v: Any, extra_options: dict[str, Any]) -> torch.Tensor:
+        return comfy.ldm.modules.attention.optimized_attention(q, k, v, extra_options["n_heads"])
+
+    model.model_options["transformer_options"]["patches_replace"] = {"attn2": {("input", 1): halved}}
+
+
+def new_options(model: Any) -> None:
+    model.model_options["transformer_options"] = {}
+
+
+def no_attachments(model: Any) -> None:
+    model.attachments = {}
+
+
+def no_callbacks(model: Any) -> None:
+    model.callbacks.update({kind: {} for kind in (CallbacksMP.ON_CLONE, CallbacksMP.ON_PRE_RUN)})
+
+
+def no_additional_models(model: Any) -> None:
+    model.additional_models = {}
+
+
+def all_but(keep: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """Everything of ours goes but one part."""
+
+    def removal(model: Any) -> None:
+        kept = keep(model)
+        no_wrappers(model)
+        new_options(model)
+        no_attachments(model)
+        no_callbacks(model)
+        no_additional_models(model)
+        kept()
+
+    return removal
+
+
+REMOVALS: dict[str, tuple[Callable[[Any], None], str]] = {
+    **{f"wrappers of kind {kind}": (replace_kinds(kind), f"the wrapper {kind}") for kind in KINDS},
+    "wrappers of BrushNet's kinds": (replace_kinds("outer_sample", "apply_model"), "the wrapper apply_model"),
+    "all wrappers": (no_wrappers, "the wrapper predict_noise"),
+    "slots": (no_slots, "the attention patches"),
+    "slots, for others": (own_slots, "the attention patches"),
+    "transformer options": (new_options, "the start in the transformer options"),
+    "attachments": (no_attachments, "the settings"),
+    "callbacks": (no_callbacks, "the callback on_clone"),
+    "additional models": (no_additional_models, "the adapter"),
+}
+
+
+@pytest.mark.parametrize("name", REMOVALS)
+def test_what_is_taken_off_is_put_back_and_named(
+    full: Any, subject: Any, expected: torch.Tensor, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    removal, words = REMOVALS[name]
+    poorer = full.clone()
+    removal(poorer)
+    things = (poorer.wrappers, poorer.attachments, poorer.callbacks, poorer.additional_models)
+    before = [sorted(map(str, part)) for part in things]
+    with caplog.at_level("WARNING"):
+        samples = run(poorer, subject)
+    assert torch.equal(samples, expected)
+    assert f"{words}" in caplog.text and message("BrushNet, PowerPaint after MoMA") in caplog.text
+    assert float(masks_of(full, samples)[subject.key].std()) > 0.05
+    assert [sorted(map(str, part)) for part in things] == before, "the MODEL itself is left as the other node made it"
+
+
+def test_nothing_is_said_where_nothing_is_missing(
+    full: Any, subject: Any, expected: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING"):
+        assert torch.equal(run(full.clone(), subject), expected)
+    assert "MoMA" not in caplog.text
+
+
+def test_the_adapter_is_loaded_all_the_same(full: Any, subject: Any) -> None:
+    poorer = full.clone()
+    no_additional_models(poorer)
+    comfy.model_management.unload_all_models()
+    loaded: list[Any] = []
+
+    def look(*_: Any) -> None:
+        loaded.extend(item.model.model for item in comfy.model_management.current_loaded_models)
+
+    handle = poorer.model.diffusion_model.register_forward_pre_hook(look)
+    run(poorer, subject)
+    handle.remove()
+    assert any(model is settings_of(full).subjects[0].adapter.module for model in loaded)
+
+
+@pytest.mark.parametrize("left", ["callbacks", "slots"])
+def test_where_only_a_witness_is_left_the_run_is_refused(full: Any, subject: Any, left: str) -> None:
+    """Without the start of a run nothing can be put back; what is left says so before the first step ends."""
+    poorer = full.clone()
+    callbacks, slots = dict(poorer.callbacks), poorer.model_options["transformer_options"]["patches_replace"]
+
+    def keep(model: Any) -> Callable[[], None]:
+        def back() -> None:
+            if left == "callbacks":
+                model.callbacks = callbacks
+            else:
+                model.model_options["transformer_options"]["patches_replace"] = slots
+
+        return back
+
+    all_but(keep)(poorer)
+    with pytest.raises(ValueError, match="^MoMA: another node took MoMA's wrappers off this model") as raised:
+        run(poorer, subject)
+    assert "BrushNet and PowerPaint" in str(raised.value)
+
+
+def test_without_all_of_it_the_model_is_a_fresh_one(model: Any, full: Any, subject: Any) -> None:
+    bare = full.clone()
+    all_but(lambda _: lambda: None)(bare)
+    assert torch.equal(run(bare, subject), run(model, subject)) and settings_of(bare) is None
+
+
+@pytest.mark.parametrize("removal", [no_attachments, no_wrappers, new_options])
+def test_a_node_after_the_loss_finds_what_was_there(
+    model: Any, adapter: Any, subject: Any, expected: torch.Tensor, removal: Callable[[Any], None]
+) -> None:
+    """Apply MoMA Adapter, another node, Self-Attn Shortcut: the image tokens are not forgotten."""
+    poorer = moma(model, adapter, subject).clone()
+    removal(poorer)
+    again = moma(poorer, adapter, subject, weight=None, shortcut=tiny_shortcut())
+    assert torch.equal(run(again, subject), expected)
+
+
+def test_options_may_be_copied_deeply(full: Any, subject: Any, expected: torch.Tensor) -> None:
+    """On the MODEL (AutomaticCFG does that) and during a run."""
+    copied = full.clone()
+    copied.model_options = deepcopy(copied.model_options)
+    assert torch.equal(run(copied, subject), expected)
+    assert torch.equal(run(new_options_from(WrappersMP.PREDICT_NOISE, deepcopy)(full), subject), expected)
+
+
+def new_options_from(kind: str, fresh: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Any], Any]:
+    """A node whose wrapper hands other model options on, in a run that began as it should."""
+
+    def in_sampler(executor: Any, guider: Any, sigmas: Any, extra_args: Any, *args: Any) -> Any:
+        other = {**extra_args, "model_options": fresh(extra_args["model_options"])}
+        return executor(guider, sigmas, other, *args)
+
+    def in_prediction(executor: Any, x: Any, timestep: Any, model_options: Any, seed: Any) -> Any:
+        return executor(x, timestep, fresh(model_options), seed)
+
+    wrapper = {WrappersMP.SAMPLER_SAMPLE: in_sampler, WrappersMP.PREDICT_NOISE: in_prediction}[kind]
+
+    def add(model: Any) -> Any:
+        clone = model.clone()
+        # The first wrapper is the outermost.
+        clone.wrappers[kind] = {"other": [wrapper], **clone.wrappers.get(kind, {})}
+        return clone
+
+    return add
+
+
+FRESH: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "empty": lambda options: {"transformer_options": {}},
+    "without our state": lambda options: {
+        **options,
+        "transformer_options": {k: v for k, v in options["transformer_options"].items() if k != OURS},
+    },
+    "without wrappers": lambda options: {
+        **options,
+        "transformer_options": {**options["transformer_options"], "wrappers": {}},
+    },
+    "without slots": lambda options: {
+        **options,
+        "transformer_options": {**options["transformer_options"], "patches_replace": {}},
+    },
+}
+
+
+@pytest.mark.parametrize("fresh", FRESH)
+@pytest.mark.parametrize("kind", [WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE])
+def test_options_that_are_made_anew_during_a_run(
+    full: Any, subject: Any, expected: torch.Tensor, caplog: pytest.LogCaptureFixture, kind: str, fresh: str
+) -> None:
+    with caplog.at_level("WARNING"):
+        assert torch.equal(run(new_options_from(kind, FRESH[fresh])(full), subject), expected)
+    assert "another node gives the model options of its own, without MoMA in them" in caplog.text
+
+
+def test_a_sampler_of_another_pack_without_our_wrapper_is_refused(full: Any, subject: Any) -> None:
+    """A guider that never calls ComfyUI's inner sampling, but the model."""
+
+    class Guider(comfy.samplers.CFGGuider):
+        def inner_sample(self, noise: Any, latent_image: Any, device: Any, *args: Any, **kwargs: Any) -> Any:
+            self.conds = comfy.samplers.process_conds(self.inner_model, noise, self.conds, device, latent_image)
+            return self(noise, torch.tensor([1.0]), self.model_options)
+
+    guider = Guider(full)
+    guider.set_conds(positive(subject), negative())
+    guider.set_cfg(7.5)
+    sampler, sigmas = comfy.samplers.sampler_object("euler"), torch.tensor([1.0, 0.0])
+    with torch.inference_mode(), pytest.raises(ValueError, match="^MoMA: another node samples with options of its own"):
+        guider.sample(torch.ones(1, 4, 8, 8), torch.zeros(1, 4, 8, 8), sampler, sigmas, disable_pbar=True)
+
+
+def test_models_that_share_patches_are_told_so(full: Any, subject: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Without ON_CLONE what is added to one clone is added to all of them: each of their runs says it."""
+    poorer = full.clone()
+    no_callbacks(poorer)
+    clone = poorer.clone()
+    slots = [m.model_options["transformer_options"]["patches_replace"]["attn2"][("input", 1)] for m in (poorer, clone)]
+    assert slots[0] is slots[1]
+    for model in (poorer, clone):
+        caplog.clear()
+        run(model, subject, steps=1)
+        assert "what IPAdapter adds to one of them acts on the others too" in caplog.text
+    caplog.clear()
+    run(full, subject, steps=1)
+    assert "IPAdapter" not in caplog.text
+
+
+def test_options_that_are_made_anew_before_sampling(full: Any, subject: Any, expected: torch.Tensor) -> None:
+    """Another start of a run, below ours, drops all options: nothing of ours is asked again, and the run says so."""
+
+    def outer(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        guider = executor.class_obj
+        kept, guider.model_options = guider.model_options, {"transformer_options": {}}
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            guider.model_options = kept
+
+    other = full.clone()
+    other.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "other", outer)
+    with pytest.raises(ValueError, match="^MoMA: another node samples with options of its own"):
+        run(other, subject)
+    assert torch.equal(run(full, subject), expected)

@@ -1,0 +1,196 @@
+"""The small world and the loop that trains on it."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from comfyui_moma.training import data, diffusion, eye, language, vae, words
+from comfyui_moma.training.loop import Plan, Training
+from comfyui_moma.training.painter import paint
+from comfyui_moma.training.world import CLASSES, HELD_OUT_PLACES, MATERIALS, PLACES, draw_scene, draw_subject
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_scene_is_painted_alike_each_time_and_its_mask_lies_on_the_subject(name: str) -> None:
+    rng = random.Random(3)
+    scene = draw_scene(rng, draw_subject(rng, name), "moon")
+    picture, mask = paint(scene)
+    again, _ = paint(scene)
+    assert np.array_equal(picture, again)
+    assert picture.shape == (128, 128, 3)
+    assert 0.08 < mask.mean() < 0.5
+    elsewhere = draw_scene(random.Random(9), scene.subject, "moon")
+    assert not np.array_equal(paint(elsewhere)[1], mask)
+
+
+def test_a_subject_keeps_its_colours_from_place_to_place_and_loses_them_to_a_material() -> None:
+    rng = random.Random(5)
+    subject = draw_subject(rng, "bag")
+    body = np.array(subject.colours[0])
+
+    def share_of_body(place: str, material: str | None) -> float:
+        picture, mask = paint(draw_scene(rng, subject, place, material))
+        return float((np.abs(picture[mask].astype(int) - body).sum(axis=1) < 12).mean())
+
+    assert min(share_of_body(place, None) for place in PLACES) > 0.2
+    assert max(share_of_body("moon", material) for material in MATERIALS) < 0.05
+
+
+def test_training_sees_no_held_out_subject_and_no_held_out_pair() -> None:
+    scenes = [data.scene_of(number) for number in range(3000)]
+    assert not any(scene.subject.held_out for scene in scenes)
+    assert not any(scene.place == HELD_OUT_PLACES[scene.subject.name] for scene in scenes)
+    assert all(data.scene_of(2 * i).subject == data.scene_of(2 * i + 1).subject for i in range(50))
+    assert not any(data.scene_of(2 * i).material for i in range(200))  # A reference shows the subject as it is.
+    assert {scene.place for scene in scenes} == {None, *PLACES}
+    held_out = draw_subject(random.Random(1), "cup", held_out=True)
+    assert held_out.held_out and held_out.kind not in {scene.subject.kind for scene in scenes}
+
+
+def test_a_caption_names_the_class_the_place_and_the_material() -> None:
+    rng = random.Random(2)
+    bare = 0
+    for number in range(300):
+        scene = data.scene_of(number)
+        text = words.caption(scene, rng).lower()
+        assert any(word in text for word in words.SYNONYMS[scene.subject.name])
+        if text in words.SYNONYMS[scene.subject.name]:
+            bare += 1
+            continue
+        for name, ways in words.PLACE_WORDS.items():
+            assert any(f" {way}" in text for way in ways) == (scene.place == name), (text, scene)
+        for name, ways in words.MATERIAL_WORDS.items():
+            assert any(f" {way}" in text for way in ways) == (scene.material == name), (text, scene)
+    assert 0 < bare < 60
+
+
+class _Line(torch.nn.Module):
+    """The smallest thing that can be trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = torch.nn.Linear(3, 1)
+
+
+def _trained(folder: Path, samples: int, until: int | None = None) -> Any:
+    """Train on noise that depends on the step; with `until`, die there after a save."""
+    torch.manual_seed(1)
+    training = Training(_Line(), Plan(samples=samples, batch=4, rate=0.1, warm_up=3), folder, CPU)
+
+    def loss_of(seen: int) -> torch.Tensor:
+        if seen == until:
+            training.save()
+            raise KeyboardInterrupt
+        inputs = torch.randn(4, 3)
+        return (training.module.line(inputs) - inputs.sum(dim=1, keepdim=True)).square().mean()
+
+    training.run(loss_of, lambda: None)
+    return training
+
+
+def test_a_stage_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    whole = _trained(tmp_path / "whole", 400)
+    with pytest.raises(KeyboardInterrupt):
+        _trained(tmp_path / "killed", 400, until=120)
+    resumed = _trained(tmp_path / "killed", 400)
+    for part in ("line.weight", "line.bias"):
+        assert torch.equal(whole.module.state_dict()[part], resumed.module.state_dict()[part])
+        assert torch.equal(whole.averaged()[part], resumed.averaged()[part])
+    assert (tmp_path / "killed" / "loss.csv").read_text("utf-8").strip()
+    assert torch.allclose(whole.module.line.weight, torch.ones(1, 3), atol=0.1)
+
+
+def test_a_rate_rises_stays_and_falls() -> None:
+    plan = Plan(samples=1000, batch=10, rate=1.0, warm_up=10, cooling=0.5)
+    assert [round(plan.rate_at(seen), 2) for seen in (0, 90, 500, 750, 1000)] == [0.1, 1.0, 1.0, 0.5, 0.0]
+
+
+def test_a_step_of_the_autoencoder_reaches_every_weight() -> None:
+    model = vae.build()
+    pictures = torch.stack([data.to_tensor(paint(data.scene_of(n))[0]) for n in range(2)])[..., :64, :64]
+    mean, log_variance = vae.moments(model, pictures)
+    assert mean.shape == (2, 4, 8, 8)
+    result = vae.decoded(model, mean + (0.5 * log_variance).exp())
+    assert result.shape == pictures.shape
+    result.square().mean().backward()
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in model.parameters())
+
+
+def test_a_step_of_the_diffusion_model_reaches_every_weight() -> None:
+    model = diffusion.TextToImage()
+    for name, part in model.unet.named_modules():
+        if name.endswith(("proj_out", "out_layers.3")) or name == "out.2":
+            torch.nn.init.normal_(part.weight, std=0.1)  # They start at 0, and keep gradients from what lies before.
+    texts = ["photo of a cup. A cup on the moon.", ""]
+    noise = torch.randn(2, 4, 16, 16)
+    guess = model(noise, torch.tensor([10, 900]), model.encode(texts, CPU))
+    (guess - noise).square().mean().backward()
+    lacking = [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
+    assert not lacking
+
+
+def test_the_schedule_is_the_stock_one() -> None:
+    import comfy.model_sampling
+
+    stock = comfy.model_sampling.ModelSamplingDiscrete()
+    shares = diffusion.signal_shares()
+    assert torch.allclose(((1 - shares) / shares).sqrt(), stock.sigmas, rtol=1e-4)
+    steps = torch.tensor([0, 400, 999])
+    clean, noise = torch.ones(3, 4, 2, 2), torch.full((3, 4, 2, 2), 2.0)
+    scaled = diffusion.noised(clean, steps, noise) / shares[steps].sqrt().view(-1, 1, 1, 1)
+    sigmas = stock.sigmas[steps].view(-1, 1, 1, 1)
+    assert torch.allclose(scaled, clean + sigmas * noise, rtol=1e-4)
+
+
+def test_the_eye_learns_what_is_seen_and_ignores_colours_under_a_material() -> None:
+    torch.manual_seed(0)
+    model = eye.Eye()
+    scenes = [data.scene_of(number) for number in range(16)]
+    pictures = torch.stack([data.to_tensor(paint(scene)[0]) for scene in scenes])
+    names = torch.tensor([eye.names_of(scene) for scene in scenes])
+    numbers = torch.tensor([eye.numbers_of(scene) for scene in scenes])
+    assert numbers.abs().max() <= 1
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    losses = []
+    for _ in range(12):
+        loss = eye.loss_of_reading(model, model(pictures), names, numbers)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0]
+    vectors = model(pictures).detach()
+    assert torch.allclose(vectors.std(dim=1, correction=0), torch.ones(16), atol=1e-2)
+    made = [i for i, scene in enumerate(scenes) if scene.material]
+    recoloured = numbers.clone()
+    recoloured[made, :9] = -recoloured[made, :9]
+    assert made and not torch.equal(recoloured, numbers)
+    before, after = (eye.loss_of_reading(model, vectors, names, values) for values in (numbers, recoloured))
+    assert torch.equal(before, after)
+
+
+def test_a_step_of_the_language_model_reaches_every_weight_and_reads_picture_word_and_prompt() -> None:
+    from sentencepiece import SentencePieceProcessor
+
+    torch.manual_seed(0)
+    model = language.SubjectReader()
+    tokenizer = SentencePieceProcessor(model_proto=language.tokenizer_file())
+    assert (tokenizer.unk_id(), tokenizer.bos_id(), tokenizer.eos_id()) == (0, 1, 2)
+    pixels = [language.reference_pixels(*paint(data.scene_of(number))) for number in (0, 2)]
+    asked = [("cup", "A cup on the moon."), ("cup", "A cup in a forest."), ("mug", "A cup on the moon.")]
+    ids = [language.prompt_ids(tokenizer, *words_) for words_ in asked]
+    with torch.no_grad():
+        first, other_prompt, other_word = model(torch.stack([pixels[0]] * 3), ids)
+        alone = model(pixels[0][None], ids[:1])[0]
+        other_picture = model(pixels[1][None], ids[:1])[0]
+    assert torch.allclose(first, alone, atol=1e-5)  # Padding of a batch is not seen.
+    for other in (other_prompt, other_word, other_picture):
+        assert float((first - other).norm() / first.norm()) > 1e-4
+    model(torch.stack(pixels), ids[:2]).square().mean().backward()
+    lacking = [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
+    assert not lacking, lacking

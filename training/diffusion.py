@@ -1,0 +1,205 @@
+"""Stage 2: text to picture. SD1.5's text encoder and UNet in small, trained together on the stock noise schedule."""
+
+import functools
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data import caption_of
+from .latents import Latents
+from .loop import Plan, Training, write_whole
+from .vae import decoded, initialise, save_sheet
+from .words import SYNONYMS
+from .world import CLASSES, PLACES
+
+CHANNELS = (96, 96, 96, 96)
+CONTEXT = 64
+TEXT_CONFIG: dict[str, Any] = {
+    "vocab_size": 49408,
+    "num_hidden_layers": 3,
+    "hidden_size": CONTEXT,
+    "num_attention_heads": 4,
+    "intermediate_size": 4 * CONTEXT,
+    "hidden_act": "quick_gelu",
+    "max_position_embeddings": 77,
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+}
+PLAN = Plan(samples=1_000_000, batch=32, rate=8e-4, ema=0.9995)
+_NO_TEXT = 0.1
+"""How often the text is left out, for classifier-free guidance."""
+_MIN_SNR = 5.0
+"""Min-SNR weighting's gamma (Hang et al., arXiv 2303.09556)."""
+
+
+class TextToImage(nn.Module):
+    """The text encoder and the UNet."""
+
+    def __init__(self) -> None:
+        """Build both and draw their weights.
+
+        The text encoder is transformers': ComfyUI's, which runs it later, adds in place and so cannot be trained.
+        """
+        import comfy.ops
+        from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        super().__init__()
+        self.text = CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG))
+        self.unet = UNetModel(**unet_config(), operations=comfy.ops.disable_weight_init)
+        initialise(self.unet)
+        for name, part in self.unet.named_modules():
+            if name.endswith(("proj_out", "out_layers.3")) or name == "out.2":
+                nn.init.zeros_(part.weight)
+
+    def encode(self, texts: list[str], device: torch.device) -> Tensor:
+        """Text embeddings [N, 77, context] as SD1.5 gets them."""
+        tokens = torch.stack([_tokens(text) for text in texts]).to(device)
+        return self.text(input_ids=tokens).last_hidden_state
+
+    def forward(self, noisy: Tensor, steps: Tensor, context: Tensor) -> Tensor:
+        """The noise in `noisy` [B, 4, h, w] at these of the 1000 steps."""
+        options = {"optimized_attention_override": _single_precision} if noisy.device.type == "cpu" else {}
+        return self.unet(noisy, steps, context, transformer_options=options)
+
+
+def _single_precision(attention: Any, *tensors: Tensor, **options: Any) -> Tensor:
+    """Attention in float32: its backward pass in bfloat16 is three times slower on a CPU."""
+    with torch.autocast("cpu", enabled=False):
+        found = (value.float() if isinstance(value, Tensor) else value for value in tensors)
+        return attention(*found, **options)
+
+
+def unet_config() -> dict[str, Any]:
+    """ComfyUI's configuration of this UNet: SD1.5's layout in small."""
+    return {
+        "image_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": CHANNELS[0],
+        "num_res_blocks": [2, 2, 2, 2],
+        "channel_mult": [channels // CHANNELS[0] for channels in CHANNELS],
+        "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+        "transformer_depth_middle": 1,
+        "num_heads": 8,
+        "num_head_channels": -1,
+        "use_spatial_transformer": True,
+        "context_dim": CONTEXT,
+        "use_linear_in_transformer": False,
+        "legacy": False,
+        "dtype": torch.float32,
+    }
+
+
+def signal_shares() -> Tensor:
+    """SD1.5's cumulated alphas [1000]: the share of the signal's variance at each step."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, dim=0).float()
+
+
+def draw_steps(count: int) -> Tensor:
+    """Steps to train at [count]: half anywhere, half where small latents lose their signal."""
+    anywhere = torch.randint(0, 1000, (count,))
+    middle = (400 + 180 * torch.randn(count)).round().long()
+    chosen = torch.where(torch.rand(count) < 0.5, anywhere, middle)
+    return torch.where((chosen < 0) | (chosen > 999), anywhere, chosen)
+
+
+def noised(latents: Tensor, steps: Tensor, noise: Tensor) -> Tensor:
+    """Latents [B, 4, h, w] with noise, as the schedule has them at these steps."""
+    share = signal_shares().to(latents.device)[steps].view(-1, 1, 1, 1)
+    return share.sqrt() * latents + (1 - share).sqrt() * noise
+
+
+def loss_weights(steps: Tensor) -> Tensor:
+    """Weights of the squared errors at these steps, 1 on average about."""
+    share = signal_shares().to(steps.device)[steps]
+    ratio = share / (1 - share)
+    return ratio.clamp(max=_MIN_SNR) / ratio
+
+
+def train(folder: Path, latents: Latents, vae: Any, device: torch.device, plan: Plan = PLAN) -> None:
+    """Train, or go on, until the plan is fulfilled.
+
+    Args:
+        latents: Of the training pictures.
+        vae: Decodes the sample sheet.
+    """
+    torch.manual_seed(0)
+    training = Training(TextToImage(), plan, folder, device)
+    model: Any = training.module
+
+    def loss_of(seen: int) -> Tensor:
+        numbers = torch.randint(0, len(latents), (plan.batch,))
+        clean = latents.take(numbers).to(device)
+        texts = [caption_of(int(number), seen + i) for i, number in enumerate(numbers)]
+        texts = ["" if drop else text for text, drop in zip(texts, torch.rand(plan.batch) < _NO_TEXT, strict=True)]
+        steps, noise = draw_steps(plan.batch).to(device), torch.randn(clean.shape).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            guess = model(noised(clean, steps, noise), steps, model.encode(texts, device))
+        errors = (guess.float() - noise).square().mean(dim=(1, 2, 3))
+        return (errors * loss_weights(steps)).mean()
+
+    training.run(loss_of, lambda: _sheet(training, latents, vae, folder / "samples.png"))
+    write_whole(folder / "diffusion.pt", lambda path: torch.save(training.averaged(), path))
+
+
+@torch.no_grad()
+def sample(model: TextToImage, texts: list[str], device: torch.device, steps: int = 25, scale: float = 4.0) -> Tensor:
+    """Latents [N, 4, 16, 16] for these texts by DDIM with classifier-free guidance; the same noise every time."""
+    shares = signal_shares().to(device)
+    context = torch.cat([model.encode(texts, device), model.encode([""] * len(texts), device)])
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(len(texts), 4, 16, 16, generator=generator).to(device)
+    times = torch.linspace(999, 0, steps + 1).long().tolist()
+    for now, then in itertools.pairwise(times):
+        step = torch.full((2 * len(texts),), now, device=device)
+        positive, negative = model(torch.cat([x, x]), step, context).float().chunk(2)
+        noise = negative + scale * (positive - negative)
+        clean = (x - (1 - shares[now]).sqrt() * noise) / shares[now].sqrt()
+        share = shares[then] if then > 0 else torch.ones((), device=device)
+        x = share.sqrt() * clean + (1 - share).sqrt() * noise
+    return x
+
+
+@torch.no_grad()
+def _sheet(training: Training, latents: Latents, vae: Any, path: Path) -> None:
+    """Each class in three places."""
+    model = TextToImage().to(training.device).eval()
+    model.load_state_dict(training.averaged())
+    rows = []
+    for shift in range(3):
+        places = [PLACES[(i + 3 * shift) % len(PLACES)] for i in range(len(CLASSES))]
+        words = [SYNONYMS[name][0] for name in CLASSES]
+        texts = [f"photo of a {word}. A {word} {_WHERE[place]}." for word, place in zip(words, places, strict=True)]
+        rows.append(decoded(vae, latents.unscaled(sample(model, texts, training.device))))
+    save_sheet(path, rows)
+
+
+_WHERE = {
+    "beach": "on the beach",
+    "snow": "in the snow",
+    "forest": "in a forest",
+    "city": "in a city at night",
+    "desert": "in the desert",
+    "water": "under water",
+    "moon": "on the moon",
+    "meadow": "in a meadow",
+}
+
+
+@functools.cache
+def _tokenizer() -> Any:
+    from comfy.sd1_clip import SDTokenizer
+
+    return SDTokenizer()
+
+
+@functools.lru_cache(maxsize=200_000)
+def _tokens(text: str) -> Tensor:
+    """CLIP's tokens of a text [77]."""
+    return torch.tensor([token for token, _ in _tokenizer().tokenize_with_weights(text)[0]])

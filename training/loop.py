@@ -1,0 +1,153 @@
+"""What all stages share: a training loop that goes on where it was killed, with averaged weights and its log."""
+
+import csv
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SAVE_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast a stage trains.
+
+    Attributes:
+        samples: How many it sees in all.
+        batch: How many a step sees.
+        rate: AdamW's learning rate: rises over `warm_up` steps, stays, and falls to 0 over the last `cooling` share.
+        ema: Decay of the averaged weights per step; it rises to this from 0.
+    """
+
+    samples: int
+    batch: int
+    rate: float
+    warm_up: int = 200
+    cooling: float = 0.25
+    ema: float = 0.999
+    weight_decay: float = 0.01
+
+    def rate_at(self, seen: int) -> float:
+        """The learning rate after so many samples."""
+        rising = min(1.0, (seen / self.batch + 1) / self.warm_up)
+        falling = min(1.0, max(0.0, (1 - seen / self.samples) / self.cooling))
+        return self.rate * rising * falling
+
+
+class Averaged:
+    """Exponential moving average of a module's parameters, on the parameters' own device."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Start from the weights as they are."""
+        self.weights = {name: value.detach().clone().float() for name, value in module.named_parameters()}
+
+    def update(self, module: nn.Module, decay: float) -> None:
+        """Move towards the module's weights by `1 - decay`."""
+        pairs = [(self.weights[name], value.detach().float()) for name, value in module.named_parameters()]
+        torch._foreach_lerp_([mean for mean, _ in pairs], [value for _, value in pairs], 1 - decay)
+
+
+class Training:
+    """One stage: a module, its optimizer, its average and how far it is, kept in a file.
+
+    Attributes:
+        seen: Samples so far.
+    """
+
+    def __init__(self, module: nn.Module, plan: Plan, folder: Path, device: torch.device) -> None:
+        """Go on from the folder's state, if there is one."""
+        self.module = module.to(device)
+        self.plan = plan
+        self.device = device
+        self.seen = 0
+        self._folder = folder
+        self._file = folder / "state.pt"
+        folder.mkdir(parents=True, exist_ok=True)
+        decayed = [value for value in module.parameters() if value.dim() > 1]
+        others = [value for value in module.parameters() if value.dim() <= 1]
+        groups = [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self._optimizer = torch.optim.AdamW(groups, lr=plan.rate, betas=(0.9, 0.99), fused=True)
+        self._average = Averaged(self.module)
+        if self._file.is_file():
+            self._load()
+
+    @property
+    def done(self) -> bool:
+        """Whether the plan is fulfilled."""
+        return self.seen >= self.plan.samples
+
+    def run(self, loss_of: Callable[[int], Tensor], show: Callable[[], None]) -> None:
+        """Train to the plan's end.
+
+        Args:
+            loss_of: The loss of one batch, given how many samples were seen before it.
+            show: Called after each save: writes sample sheets.
+        """
+        saved = shown = time.monotonic()
+        total = torch.zeros((), device=self.device)
+        steps = 0
+        while not self.done:
+            for group in self._optimizer.param_groups:
+                group["lr"] = self.plan.rate_at(self.seen)
+            torch.manual_seed(self.seen)  # Noise and drops do not depend on where a run was killed.
+            loss = loss_of(self.seen)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+            self.seen += self.plan.batch
+            step = self.seen // self.plan.batch
+            self._average.update(self.module, min(self.plan.ema, (1 + step) / (10 + step)))
+            total += loss.detach()
+            steps += 1
+            now = time.monotonic()
+            if now - shown > 30 or self.done:
+                self._log(float(total) / steps, steps * self.plan.batch / (now - shown))
+                total.zero_()
+                steps, shown = 0, now
+            if now - saved > SAVE_SECONDS or self.done:
+                self.save()
+                show()
+                saved = time.monotonic()
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The module's state with averaged parameters."""
+        state = {name: value.detach() for name, value in self.module.state_dict().items()}
+        return {**state, **self._average.weights}
+
+    def save(self) -> None:
+        """Keep everything that is needed to go on, whole or not at all."""
+        state = {
+            "seen": self.seen,
+            "module": self.module.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "average": self._average.weights,
+        }
+        write_whole(self._file, lambda path: torch.save(state, path))
+
+    def _load(self) -> None:
+        state: dict[str, Any] = torch.load(self._file, map_location=self.device, weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._average.weights = {name: value.to(self.device) for name, value in state["average"].items()}
+        self.seen = state["seen"]
+
+    def _log(self, loss: float, speed: float) -> None:
+        print(
+            f"{self._folder.name}: {self.seen:,} of {self.plan.samples:,}, loss {loss:.4f}, {speed:.1f}/s", flush=True
+        )
+        with (self._folder / "loss.csv").open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow([self.seen, f"{loss:.5f}", f"{speed:.2f}"])
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file that is there whole or not at all."""
+    partial = path.with_name(path.name + ".part")
+    write(partial)
+    os.replace(partial, path)
