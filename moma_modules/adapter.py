@@ -114,30 +114,32 @@ class Adapter:
         return self.module.mapping(hidden.to(self.device, torch.float32)).to("cpu", torch.float32)
 
 
-def load_adapter(path: Path) -> Adapter:
+def load_adapter(path: Path, dynamic: bool = True) -> Adapter:
     """Read an adapter file into ComfyUI's memory management.
+
+    Args:
+        dynamic: Whether it may be of the dynamic kind, where ComfyUI has that on.
 
     Raises:
         ValueError: The file is not a complete adapter, see `read_adapter`.
     """
-    adapter = adapter_from_weights(read_adapter(path), path.name)
+    adapter = adapter_from_weights(read_adapter(path), path.name, dynamic)
     # When ComfyUI puts a MODEL on another device, it makes this model anew for that device as well.
     adapter.patcher.cached_patcher_init = (_patcher_from_file, (path,))
     return adapter
 
 
-def _patcher_from_file(path: Path) -> comfy.model_patcher.ModelPatcher:
-    return load_adapter(path).patcher
+def _patcher_from_file(path: Path, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    return load_adapter(path, not disable_dynamic).patcher
 
 
-def adapter_from_weights(weights: AdapterWeights, name: str) -> Adapter:
+def adapter_from_weights(weights: AdapterWeights, name: str, dynamic: bool = True) -> Adapter:
     """Put checked weights into a module that ComfyUI loads and offloads; stored dtypes are kept."""
     offload_device = comfy.model_management.unet_offload_device()
     # manual_cast computes in the dtype of its input, whatever each group was stored in.
     module = AdapterModule(weights, device="meta", dtype=None, operations=comfy.ops.manual_cast)
-    patcher = comfy.model_patcher.CoreModelPatcher(
-        module, load_device=comfy.model_management.get_torch_device(), offload_device=offload_device
-    )
+    kind = comfy.model_patcher.CoreModelPatcher if dynamic else comfy.model_patcher.ModelPatcher
+    patcher = kind(module, load_device=comfy.model_management.get_torch_device(), offload_device=offload_device)
     module.load_state_dict(weights.tensors, assign=True)
     module.requires_grad_(False)
     return Adapter(

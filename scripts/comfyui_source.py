@@ -145,17 +145,3 @@ def _unpack(archive: Path, target: Path) -> Path:
         else:
             tar.extractall(target, members)
     return target / top / "vendor" / "ComfyUI"
-
-
-def find_frontend(version: str) -> Path:
-    """The files of this version of ComfyUI's editor, for `--front-end-root`; fetched if need be.
-
-    Raises:
-        SetupError: It cannot be fetched.
-    """
-    folder = cache_dir() / f"frontend-{version}"
-    static = folder / "comfyui_frontend_package" / "static"
-    if not (static / "index.html").is_file():
-        install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target", folder]
-        run([*install, f"comfyui-frontend-package=={version}"], f"The editor {version} could not be downloaded.")
-    return static

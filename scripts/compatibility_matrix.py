@@ -16,7 +16,8 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
-from comfyui_source import EDITOR, NEWEST, OLDEST, ROOT, SetupError, find_frontend
+from comfyui_source import EDITOR, NEWEST, OLDEST, ROOT, SetupError
+from frontends import NEWEST_FRONTEND, OLDEST_FRONTEND, find_frontend
 from setup_env import Environment, environment
 
 PAGE = ROOT / "docs" / "compatibility_versions.md"
@@ -48,7 +49,7 @@ MATRIX = (
     Combination(NEWEST, OLDEST_TRANSFORMERS),
     Combination(NEWEST),
 )
-EDITORS = ("1.39.19", "1.47.12", "1.58.1")
+EDITORS = (OLDEST_FRONTEND, "1.47.12", NEWEST_FRONTEND)
 """The ones that come with the oldest and the newest ComfyUI, and the newest."""
 
 

@@ -237,9 +237,10 @@ class ComfyServer:
         command = [self._python, str(self._comfyui / "main.py"), "--base-directory", str(self.base)]
         command += ["--listen", "127.0.0.1", "--port", str(self._port), "--disable-auto-launch", "--disable-api-nodes"]
         # Not in memory: there every thread of ComfyUI's has a database of its own, and all but one lack the tables.
-        command += ["--database-url", f"sqlite:///{(self.base / 'comfyui.db').as_posix()}", *self._arguments]
+        command += ["--database-url", f"sqlite:///{(self.base / 'comfyui.db').as_posix()}"]
         if editor := os.environ.get(EDITOR):
             command += ["--front-end-root", editor]
+        command += self._arguments  # after it: a test that names an editor gets that one
         with self.log_file.open("wb") as log:
             # Its own process group, so that it can be ended with all that it started.
             self._process = subprocess.Popen(

@@ -20,7 +20,7 @@ INSTALLED_AS = "moma"
 """The folder that the Manager installs into: the project's name."""
 FOLDERS = ("locales", "moma_modules", "nodes", "subgraphs", "web", "workflows")
 FILES = ("CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "pyproject.toml")
-FOR_DEVELOPERS = ("benchmarks", "docs", "scripts", "tests", ".ci", ".comfyignore", ".gitignore")
+FOR_DEVELOPERS = ("benchmarks", "docs", "scripts", "tests", "training", ".ci", ".comfyignore", ".gitignore")
 BYTES = 2_000_000
 LANGUAGES = ("", "/ja", "/ko", "/zh")
 

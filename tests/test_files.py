@@ -15,6 +15,7 @@ from comfyui_moma.moma_modules.adapter import load_adapter
 from comfyui_moma.moma_modules.adapter_file import convert_adapter, read_adapter
 from comfyui_moma.moma_modules.file_kinds import ADAPTER, kind_of
 from comfyui_moma.moma_modules.files import locked
+from comfyui_moma.moma_modules.mllm.weight_files import readable
 from comfyui_moma.moma_modules.subject import load_subject, save_subject
 from comfyui_moma.nodes.subject import SaveSubject
 from safetensors import safe_open
@@ -203,3 +204,10 @@ def test_a_truncated_subject_is_refused(subject: Any, tmp_path: Path) -> None:
 def test_subjects_are_not_saved_outside_their_folder(subject: Any, name: str) -> None:
     with pytest.raises(ValueError, match=r"^filename_prefix .* Give a name such as 'cup' or 'cars/red'\.$"):
         SaveSubject.execute(subject, name)
+
+
+def test_too_little_memory_is_not_called_a_broken_file(tmp_path: Path) -> None:
+    with pytest.raises(MemoryError), readable(tmp_path / "whole.safetensors"):
+        raise MemoryError
+    with pytest.raises(ValueError, match="not a readable"), readable(tmp_path / "broken.safetensors"):
+        raise KeyError

@@ -93,6 +93,7 @@ def test_it_is_there_as_before_after_cancel_and_after_an_error(server: ComfyServ
     assert len(run.files("save0", "moma_subjects")) == 1 and loads(server) == before
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what a process maps")
 def test_disable_mmap_is_honoured(server: ComfyServer) -> None:
     for model in ("llava", CONVERTED):
         server.run(prompts(["A cup without maps."], model=model))

@@ -24,6 +24,10 @@ from safetensors.torch import load_file, save_file
 from scene import tiny_subject
 from tiny_models import adapter_groups
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(psutil.Process, "memory_maps"), reason="only some systems tell what is mapped"
+)
+
 CHECKPOINT = Path(__file__).parent / "data" / "mllm" / "tiny56" / "checkpoint"
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui_moma.training import data, diffusion, eye, language, vae, words
+from comfyui_moma.training.latents import SPREAD, Latents
 from comfyui_moma.training.loop import Plan, Training
 from comfyui_moma.training.painter import paint
 from comfyui_moma.training.world import CLASSES, HELD_OUT_PLACES, MATERIALS, PLACES, draw_scene, draw_subject
@@ -194,3 +195,17 @@ def test_a_step_of_the_language_model_reaches_every_weight_and_reads_picture_wor
     model(torch.stack(pixels), ids[:2]).square().mean().backward()
     lacking = [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
     assert not lacking, lacking
+
+
+def test_latents_are_encoded_once_and_fewer_may_be_wanted_later(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = vae.build().eval()
+    latents = Latents(tmp_path / "latents.f16", 70)
+    latents.encode(model, CPU)
+    assert len(latents) == 70
+    everything = latents.take(torch.arange(70))
+    assert abs(float(everything.std()) - SPREAD) < 0.05
+    again = Latents(tmp_path / "latents.f16", 70)
+    again.encode(None, CPU)  # Nothing is missing.
+    assert torch.equal(again.take(torch.arange(70)), everything)
+    assert len(Latents(tmp_path / "latents.f16", 10)) == 10

@@ -12,7 +12,7 @@ from .data import caption_of
 from .latents import Latents
 from .loop import Plan, Training, write_whole
 from .vae import decoded, initialise, save_sheet
-from .words import SYNONYMS
+from .words import PLACE_WORDS, SYNONYMS
 from .world import CLASSES, PLACES
 
 CHANNELS = (96, 96, 96, 96)
@@ -175,21 +175,11 @@ def _sheet(training: Training, latents: Latents, vae: Any, path: Path) -> None:
     for shift in range(3):
         places = [PLACES[(i + 3 * shift) % len(PLACES)] for i in range(len(CLASSES))]
         words = [SYNONYMS[name][0] for name in CLASSES]
-        texts = [f"photo of a {word}. A {word} {_WHERE[place]}." for word, place in zip(words, places, strict=True)]
+        texts = [
+            f"photo of a {word}. A {word} {PLACE_WORDS[place][0]}." for word, place in zip(words, places, strict=True)
+        ]
         rows.append(decoded(vae, latents.unscaled(sample(model, texts, training.device))))
     save_sheet(path, rows)
-
-
-_WHERE = {
-    "beach": "on the beach",
-    "snow": "in the snow",
-    "forest": "in a forest",
-    "city": "in a city at night",
-    "desert": "in the desert",
-    "water": "under water",
-    "moon": "on the moon",
-    "meadow": "in a meadow",
-}
 
 
 @functools.cache

@@ -24,7 +24,8 @@ class Latents:
         """Open the file for so many pictures, or make it."""
         self._done_file = file.with_suffix(".done")
         self._values = np.memmap(file, np.float16, "r+" if file.is_file() else "w+", shape=(count, *SHAPE))
-        self._done = int(self._done_file.read_text("utf-8")) if self._done_file.is_file() else 0
+        done = int(self._done_file.read_text("utf-8")) if self._done_file.is_file() else 0
+        self._done = min(done, count)  # fewer pictures may be wanted now
         self._scale: float | None = None
 
     def __len__(self) -> int:

@@ -3,7 +3,7 @@
 import colorsys
 import random
 
-from .world import CLASSES, Colour, Scene, Subject
+from .world import Colour, Scene, Subject
 
 SYNONYMS = {
     "cup": ("cup", "cup", "mug"),
@@ -87,8 +87,3 @@ def colour_name(colour: Colour) -> str:
     if saturation < 0.25:
         return "white" if value > 0.6 else "black"
     return min(_MORE_HUES, key=lambda named: abs(named[1] - hue))[0]
-
-
-def class_of(word: str) -> str | None:
-    """The class that a word names, or None."""
-    return next((name for name in CLASSES if word.lower() in SYNONYMS[name]), None)

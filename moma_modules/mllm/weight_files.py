@@ -82,6 +82,8 @@ def readable(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except MemoryError:  # not the file's fault
+        raise
     except Exception as error:  # a broken header can make a reader fail in any way
         raise ValueError(f"{path} is not a readable .safetensors file (truncated download?): {error}") from error
 
@@ -138,6 +140,8 @@ def read_pickle(path: Path, mmap: bool = True) -> dict[str, Tensor]:
             # PyTorch's own words are left out: they advise to load the file without this protection.
             f"{path} was refused: it is truncated, not a PyTorch file, or holds code instead of weights. {GET_AGAIN}"
         ) from error
+    except MemoryError:
+        raise
     except Exception as error:  # a broken pickle can make the reader fail in any way
         size = f"{path.stat().st_size} bytes" if path.exists() else "a link that leads nowhere"
         raise ValueError(
