@@ -1,9 +1,9 @@
 """The one test command: `python3 scripts/test.py` sets up what it needs, then lints, checks types and runs the tests.
 
 All tests run on the newest ComfyUI, all but the slow ones on the oldest that the pack supports; with `COMFYUI_PATH`
-set, all on that ComfyUI alone. First the types are checked while both versions run all but the slow tests, then the
-slow ones run, a file on each core. Every process uses one thread: with more than there are cores, PyTorch takes ten
-times as long.
+set, all on that ComfyUI alone. What does not depend on ComfyUI's version runs on the newest only. A file on each core,
+while the types are checked. Every process uses one thread: with more than there are cores, PyTorch takes ten times as
+long.
 """
 
 import argparse
@@ -174,7 +174,7 @@ def run_all(chosen: list[Target], pytest_arguments: list[str]) -> bool:
     steps.run("ruff check", command(linting, "-m", "ruff", "check"))
     with tempfile.TemporaryDirectory() as folder:
         types = started(linting, "-m", "mypy", log=Path(folder) / "mypy.log")
-        run_tests(steps, list(zip(chosen, environments, strict=True)), types, pytest_arguments, Path(folder))
+        run_tests(steps, list(zip(chosen, environments, strict=True)), types, pytest_arguments)
     return steps.summary()
 
 
@@ -186,32 +186,27 @@ def usable_cores() -> int:
 
 
 def run_tests(
-    steps: Steps,
-    pairs: list[tuple[Target, Environment | None]],
-    types: Step,
-    pytest_arguments: list[str],
-    logs: Path,
+    steps: Steps, pairs: list[tuple[Target, Environment | None]], types: Step, pytest_arguments: list[str]
 ) -> None:
-    """First all but the slow tests, on all targets at once; then the slow ones of each target that has them.
+    """First all but the slow tests, on one target after another; then the slow ones of each target that has them.
 
     Args:
         types: The check of the types, which has started.
     """
+    workers = min(usable_cores(), MOST_WORKERS)
+    spread = ("--numprocesses", str(workers), "--dist", "loadfile") if workers > 1 else ()
 
-    def start(found: Environment | None, marked: str, at_once: int, log: Path | None = None) -> Step:
-        workers = min(usable_cores() // at_once, MOST_WORKERS)
-        spread = ("--numprocesses", str(workers), "--dist", "loadfile") if workers > 1 else ()
+    def tests(found: Environment | None, marked: str) -> Step:
         words = ("-m", "pytest", "-m", marked, *spread, *pytest_arguments)
-        return started(found, *words, log=log, none_is_fine=bool(pytest_arguments))
+        return started(found, *words, none_is_fine=bool(pytest_arguments))
 
-    logged = [logs / f"{number}.log" if number else None for number in range(len(pairs))]
-    waiting = [start(found, "not slow", len(pairs), log) for (_, found), log in zip(pairs, logged, strict=True)]
-    for (target, _), step in zip(pairs, waiting, strict=True):
-        steps.run(f"pytest on {target.name}, without the slow tests", step)
+    for target, found in pairs:
+        marked = "not slow" if target.version != OLDEST or len(pairs) == 1 else "not slow and not newest"
+        steps.run(f"pytest on {target.name}, without the slow tests", lambda f=found, m=marked: tests(f, m)())
     steps.run("mypy", types)
     for target, found in pairs:
         if target.slow:
-            steps.run(f"pytest on {target.name}, the slow tests", start(found, "slow", 1))
+            steps.run(f"pytest on {target.name}, the slow tests", lambda f=found: tests(f, "slow")())
 
 
 def parse_arguments(words: list[str]) -> tuple[list[Target], list[str]]:

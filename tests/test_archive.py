@@ -15,7 +15,7 @@ from comfy_cli.file_utils import list_git_tracked_files
 from comfy_server import ComfyServer
 from PIL import Image
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.newest]
 INSTALLED_AS = "moma"
 """The folder that the Manager installs into: the project's name."""
 FOLDERS = ("locales", "moma_modules", "nodes", "subgraphs", "web", "workflows")

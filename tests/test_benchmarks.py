@@ -19,6 +19,8 @@ from released_moma import MissingCodeError, released_steps
 from session import Session
 from workload import Scene
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.fixture(scope="module")
 def session() -> Session:

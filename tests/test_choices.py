@@ -13,6 +13,8 @@ from comfyui_moma.nodes.subject import ExtractSubject
 from scene import tiny_subject
 from tiny_models import tiny_clip
 
+pytestmark = pytest.mark.newest
+
 DRAWS = [str(number) for number in range(200)]
 
 

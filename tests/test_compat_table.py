@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from compat_rows import REFUSED, SECTIONS, Row
 
+pytestmark = pytest.mark.newest
+
 TESTS = Path(__file__).parent
 DOCUMENT = TESTS.parent / "docs" / "compatibility.md"
 ROWS = [row for rows in SECTIONS.values() for row in rows]

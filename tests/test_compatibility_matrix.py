@@ -9,6 +9,8 @@ from bootstrap import comfyui_path
 from comfyui_source import SetupError, find_comfyui
 from compatibility_matrix import PAGE, Combination, EditorRow, Row, chosen_combinations, read_rows, with_row
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.mark.parametrize("kind", [Row, EditorRow])
 def test_a_row_replaces_the_one_of_an_earlier_run(kind: Any) -> None:

@@ -8,6 +8,8 @@ import pytest
 from bootstrap import ROOT
 from PIL import Image
 
+pytestmark = pytest.mark.newest
+
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", *(ROOT / "web" / "docs").rglob("*.md")])
 PYPROJECT = ROOT / "pyproject.toml"
 LONGEST_EXECUTE = 60

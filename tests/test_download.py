@@ -26,6 +26,8 @@ from hub_server import COMMIT, HubFile, HubServer
 from random_weights import adapter_file, llava_folder
 from safetensors.torch import save_file
 
+pytestmark = pytest.mark.newest
+
 BIG = MLLM_FILES[3]
 PIECE = 10 << 20
 CONTENT = hashlib.shake_256(b"weights").digest(600_000)

@@ -13,6 +13,8 @@ import pytest
 from bootstrap import ROOT
 from setup_env import dev_requirements
 
+pytestmark = pytest.mark.newest
+
 FOLDERS = ("benchmarks", "moma_modules", "nodes", "scripts", "tests", "training")
 FILES = sorted([ROOT / "__init__.py", *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))])
 TEXT = {"read_text": 0, "write_text": 1}

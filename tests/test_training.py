@@ -13,6 +13,8 @@ from comfyui_moma.training.loop import Plan, Training
 from comfyui_moma.training.painter import paint
 from comfyui_moma.training.world import CLASSES, HELD_OUT_PLACES, MATERIALS, PLACES, draw_scene, draw_subject
 
+pytestmark = pytest.mark.newest
+
 CPU = torch.device("cpu")
 
 

@@ -235,6 +235,7 @@ def test_the_reference_is_shown_as_the_mllm_saw_it(server: ComfyServer, first: t
     assert any(text.startswith("auto: weights in fp16, computing in ") for text in texts)
 
 
+@pytest.mark.slow
 def test_no_run_brings_the_language_model_twice(server: ComfyServer, ran: Workflows) -> None:
     """With two extractions in one graph, and the sampling after them."""
     prompt, _ = ran("two_subjects")
