@@ -54,6 +54,11 @@ class SubjectMask(io.ComfyNode):
             raise ValueError("model has no MoMA on it: connect the MODEL that Apply MoMA Adapter or Shortcut gave.")
         run = _find(settings, latent["samples"])
         if subject is not None and subject.key not in run.masks:
+            if any(entry.subject.key == subject.key for entry in settings.subjects):
+                raise ValueError(
+                    f"subject {subject.word!r} was not in the run that made this latent: connect the LATENT of a "
+                    "sampler that ran with it."
+                )
             raise ValueError(f"subject {subject.word!r} is not one of the subjects of this model.")
         keys = list(run.masks) if subject is None else [subject.key]
         mask = _joined(run.masks, keys)

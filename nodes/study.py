@@ -228,6 +228,8 @@ class ContactSheet(io.ComfyNode):
             sizes = ", ".join(f"{image.shape[2]}x{image.shape[1]}" for image in given)
             raise ValueError(f"images have different sizes: {sizes}. Resize them to one size first.")
         batch = torch.cat(given)
+        if not len(batch):
+            raise ValueError("images holds no picture: connect at least one.")
         across = [label.strip() for label in columns.split(",")] if columns.strip() else [""] * len(batch)
         grid = [[picture(image) for image in part] for part in batch.split(len(across))]
         down = [label.strip() for label in rows.split(",")] if rows.strip() else [""] * len(grid)

@@ -12,6 +12,7 @@ from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_tomesd import TomePatchModel
 from comfyui_moma.moma_modules.comfy_bridge import run as run_module
 from comfyui_moma.moma_modules.comfy_bridge.forward import Forward
+from comfyui_moma.moma_modules.comfy_bridge.neighbours import neighbours
 from comfyui_moma.moma_modules.comfy_bridge.unet import BLOCKS
 from compat_rows import message
 from scene import close, masks_of, moma, negative, positive, sample, tiny_shortcut
@@ -47,6 +48,25 @@ def image_prompt(out: Any, q: Any, k: Any, v: Any, extra_options: dict[str, Any]
     tokens = torch.stack([seeded(31 + kind, f"ip {width}", (4, width)) for kind in extra_options["cond_or_uncond"]])
     tokens = tokens.repeat_interleave(q.shape[0] // len(tokens), dim=0)
     return kwargs["weight"] * optimized_attention(q, tokens, tokens, extra_options["n_heads"])
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_who_shares_a_slot_is_among_the_others(
+    model: Any, adapter: Any, subject: Any, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    """Within our patch as well; ComfyUI's own nodes, loaded from their files, are not."""
+    for part, module in ((Slot, "/comfyui/custom_nodes/TakesTheSlot.ip"), (image_prompt, "/comfyui/custom_nodes/Adds")):
+        monkeypatch.setattr(part, "__module__", module)
+
+    def stock(args: dict[str, Any]) -> Any:
+        return args["denoised"]
+
+    stock.__module__ = "/comfyui/comfy_extras/nodes_pag"
+    full = moma(ipadapter(model), adapter, subject) if before else ipadapter(moma(model, adapter, subject))
+    full.set_model_sampler_post_cfg_function(stock)
+    full.set_model_sampler_post_cfg_function(HyperTile.execute)
+    name = "TakesTheSlot" if before else "Adds"
+    assert neighbours(full, full.model_options) == f" Others on this model: {name}."
 
 
 def ipadapter(model: Any, weight: float = 0.7) -> Any:

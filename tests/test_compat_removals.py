@@ -1,5 +1,6 @@
 """Nothing switches MoMA off silently: whatever another node takes off the MODEL is put back, or the run says what."""
 
+import logging
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -116,6 +117,18 @@ def test_what_is_taken_off_is_put_back_and_named(
     assert f"{words}" in caplog.text and message("BrushNet, PowerPaint after MoMA") in caplog.text
     assert float(masks_of(full, samples)[subject.key].std()) > 0.05
     assert [sorted(map(str, part)) for part in things] == before, "the MODEL itself is left as the other node made it"
+
+
+def test_it_is_said_where_the_root_logger_is_off(
+    full: Any, subject: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """UltimateSDUpscale turns it off while it works."""
+    monkeypatch.setattr(logging.getLogger(), "level", logging.CRITICAL + 1)
+    poorer = full.clone()
+    no_attachments(poorer)
+    run(new_options_from(WrappersMP.PREDICT_NOISE, FRESH["empty"])(poorer), subject, steps=1)
+    assert "took the settings of MoMA off this model" in caplog.text
+    assert "another node gives the model options of its own" in caplog.text
 
 
 def test_nothing_is_said_where_nothing_is_missing(

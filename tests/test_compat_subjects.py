@@ -142,6 +142,8 @@ def test_any_text_encoder_can_be_marked(clip: Any, dog: Any) -> None:
     with pytest.raises(ValueError) as raised:
         MarkSubject.execute(clip, dog, stock, "a dog " * 60)
     assert "text makes 154 tokens, conditioning has 77" in str(raised.value)
+    with pytest.raises(ValueError, match="^conditioning is empty: connect that of the MoMA Text Encode"):
+        MarkSubject.execute(clip, dog, [], "a dog")
 
 
 @pytest.mark.parametrize("before", [0, 64, 77])

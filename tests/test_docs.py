@@ -71,8 +71,45 @@ def test_the_method_knows_nothing_of_nodes_or_the_server() -> None:
         assert not {name.split(".")[0] for name in imported} & {"nodes", "server", "comfy_api"}, path.name
 
 
+def test_there_is_one_way_to_warn() -> None:
+    """`editor.warn`, which a user sees in every view."""
+    for path in [*(ROOT / "nodes").glob("*.py"), *(ROOT / "moma_modules" / "comfy_bridge").glob("*.py")]:
+        uses = "import logging" in path.read_text(encoding="utf-8")
+        assert uses == (path.name == "editor.py"), f"{path.name} logs by itself"
+
+
 def test_nodes_are_thin() -> None:
     for path in (ROOT / "nodes").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and node.name == "execute":
                 assert (node.end_lineno or 0) - node.lineno < LONGEST_EXECUTE, f"{path.name}:{node.lineno}"
+
+
+def messages() -> list[str]:
+    """Every text in the product's sources, with `...` for what is filled in."""
+    found: list[str] = []
+    for path in [*(ROOT / "nodes").glob("*.py"), *(ROOT / "moma_modules").rglob("*.py")]:
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        comments = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if id(node) in comments:
+                continue
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            fixed = [part.value if isinstance(part, ast.Constant) else "..." for part in parts]
+            if all(isinstance(part, str) for part in fixed):
+                found.append("".join(map(str, fixed)))
+    return found
+
+
+def test_troubleshooting_quotes_what_is_said() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    said = messages()
+    headings = [" ".join(found.split()) for found in re.findall(r"\n\n\*\*(.+?)\*\*", text, re.DOTALL)]
+    assert len(headings) > 30
+    unknown = {
+        words
+        for heading in headings
+        for words in re.split(r" ?\.\.\. ?(?:/ )?", heading)
+        if words and not any(words in one for one in said)
+    }
+    assert not unknown, f"docs/troubleshooting.md quotes what no source says: {sorted(unknown)}"

@@ -118,3 +118,5 @@ def test_a_sheet_that_does_not_fill_is_refused() -> None:
         ContactSheet.execute(images, "a, b", "")
     with pytest.raises(ValueError, match="images have different sizes: 8x8, 4x8"):
         ContactSheet.execute({**images, "image1": torch.zeros(1, 8, 4, 3)}, "", "")
+    with pytest.raises(ValueError, match="^images holds no picture"):
+        ContactSheet.execute({"image0": torch.zeros(0, 8, 8, 3)}, "", "")

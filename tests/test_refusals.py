@@ -116,6 +116,9 @@ def test_the_mask_node_needs_the_model_and_latent_of_a_run(
     samples = sample(patched, positive(subject), negative())
     with pytest.raises(ValueError, match="^subject 'dog' is not one of the subjects of this model"):
         SubjectMask.execute(patched, {"samples": samples}, tiny_subject(adapter, "dog"))
+    dog = tiny_subject(adapter, "dog", seed=6)
+    with pytest.raises(ValueError, match="^subject 'dog' was not in the run that made this latent: connect"):
+        SubjectMask.execute(moma(patched, adapter, dog), {"samples": samples}, dog)
     output = SubjectMask.execute(patched, {"samples": samples}, subject)
     mask, evolution = output.args
     assert mask.shape == (1, 64, 64) and evolution.shape[0] == 1 and evolution.std() > 0

@@ -159,7 +159,89 @@ def test_a_detailer(
     lost = "no positive prompt of this run knows where the subject 'car' is"
     assert [record for record in caplog.records if lost in record.getMessage()]
     said = [record.getMessage() for record in caplog.records if "FaceDetailer" in record.getMessage()]
-    assert len(said) == 2 and "MoMA looks for the subject 'car' in each" in said[0] and "stays out of" in said[1]
+    assert len(said) == 2 and "MoMA looks for the subject 'car' in each" in said[0]
+    assert "a region_mask would keep it out." in said[0]
+    assert "it does not tell where they are in it, which a region_mask needs: the subject 'car' stays out of" in said[1]
+
+
+@pytest.mark.parametrize("name", ["FaceDetailer", "UltimateSDUpscale"])
+def test_the_part_that_stays_out_is_named(
+    model: Any, adapter: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """Only one of the two nodes has a region: on a crop that one is out, on a tile at a known place the other."""
+    one, other = "Apply MoMA Adapter", "Self-Attn Shortcut"
+    everywhere = torch.ones(1, 8, 8)
+    for out_is_shortcut in (False, True):
+        subject = tiny_subject(adapter, seed=306 + out_is_shortcut)
+        out, acts = (other, one) if out_is_shortcut else (one, other)
+        region = {out if name == "FaceDetailer" else acts: everywhere}
+        settings = settings_of(moma(model, adapter, subject, shortcut=tiny_shortcut(region=region.get(other))))
+        tokens = ImageTokens(1.0, Window(region=region.get(one)))
+        full = patched(model, settings.with_subject(subject, adapter, image_tokens=tokens))
+        plus = positive(subject)
+        if name != "FaceDetailer":
+            plus = cropped(plus, (16, 16), (0, 8, 8, 16), (8, 8))
+        caplog.clear()
+        ours = run_as(monkeypatch, name, full, subject, plus)
+        (said,) = [record.getMessage() for record in caplog.records if "MoMA" in record.getMessage()]
+        assert f"what {out} adds of the subject 'car' stays out of them, while {acts} acts. " in said
+        alone = moma(
+            model, adapter, subject, **({} if out_is_shortcut else {"weight": None, "shortcut": tiny_shortcut()})
+        )
+        assert close(ours, sample(alone, positive(subject), negative()), 1e-5)
+
+
+def copies(conditioning: list) -> list:
+    """The CONDITIONING as a cache that writes it to a file gives it back."""
+    return [[text, {**values, MAP_KEY: [item.clone() for item in values[MAP_KEY]]}] for text, values in conditioning]
+
+
+def test_a_copy_of_the_map_tells_nothing_of_tiles(
+    model: Any, adapter: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only a node that crops maps tells by a whole one that it works on the whole picture."""
+    subject = tiny_subject(adapter, seed=308)
+    full = moma(model, adapter, subject, shortcut=tiny_shortcut())
+    copied, plain = copies(positive(subject)), sample(model, positive(subject), negative())
+    assert box_in([values for _, values in copied]) == PICTURE
+    assert torch.equal(run_as(monkeypatch, "BNK_TiledKSampler", full, subject, copied), plain)
+    assert "works on tiles of the picture, and it does not tell where they are in it" in caplog.text
+    caplog.clear()
+    run_as(monkeypatch, "FaceDetailer", full, subject, copied)
+    assert "the node FaceDetailer works on several pictures or parts of one" in caplog.text
+    caplog.clear()
+    for name in ("UltimateSDUpscale", "KSampler"):
+        whole = run_as(monkeypatch, name, full, subject, copied)
+        assert torch.equal(whole, sample(full, positive(subject), negative()))
+    assert "MoMA" not in caplog.text
+
+
+def test_a_lost_subject_is_said_once_for_an_execution_and_only_if_it_acts(
+    model: Any, adapter: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a detailer with several crops runs, with prompts of its own."""
+    lost = "no positive prompt of this run knows where the subject 'car' is"
+    subject = tiny_subject(adapter, seed=309)
+    for weight, count in ((0.0, 0), (1.0, 1)):
+        caplog.clear()
+        with CurrentNodeContext("prompt", f"crops {weight}", 0):
+            for seed in range(3):
+                sample(moma(model, adapter, subject, weight=weight), positive(), negative(), steps=1, seed=seed)
+        assert [lost in record.getMessage() for record in caplog.records].count(True) == count
+
+
+def test_a_single_evaluation_is_said_only_where_the_features_reached_everything(
+    model: Any, adapter: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    subject = tiny_subject(adapter, seed=310)
+    first = {"steps": 4, "sampler": "euler", "scheduler": "normal", "last_step": 1}
+    stopped = "stopped after one evaluation of the model"
+    off = moma(model, adapter, subject, weight=0.0)
+    sample(off, positive(subject), negative(), **first)
+    sample(with_region(model, adapter, subject, torch.ones(1, 8, 8)), positive(subject), negative(), **first)
+    assert stopped not in caplog.text
+    sample(moma(off, adapter, subject), positive(subject), negative(), **first)
+    assert stopped in caplog.text
 
 
 def test_how_runs_of_one_node_follow_one_another() -> None:

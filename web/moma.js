@@ -1,5 +1,5 @@
 // Notices of the pack's nodes, in every view of the editor: app mode shows no texts on nodes.
-import { app } from '/scripts/app.js'
+import { app } from '../../scripts/app.js'
 
 app.registerExtension({
   name: 'MoMA.Notices',

@@ -4,7 +4,6 @@ ComfyUI's node compiles without checks on the transformer options, where a run's
 that way goes on with those of its first step.
 """
 
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY, TORCH_COMPILE_KWARGS, apply_torch_compile_factory
+
+from .editor import warn
 
 _UNET = "diffusion_model"
 _MARK = {"moma_compiled": True}
@@ -41,7 +42,7 @@ class Compilation:
             except _refusals() as error:
                 self._compiled = None
                 reason = str(error).strip().partition("\n")[0]
-                logging.warning(
+                warn(
                     "MoMA: this run goes on without TorchCompileModel, as torch cannot compile all of it at once "
                     f"({reason}). The picture is right, and as fast as without that node."
                 )

@@ -14,6 +14,10 @@ from ..pictures import picture as to_picture
 
 PREVIEW_SIZE = 512
 
+_LOG = logging.getLogger("comfyui_moma")
+_LOG.setLevel(logging.WARNING)
+"""Of its own: UltimateSDUpscale turns the root logger off while it works."""
+
 
 @contextmanager
 def only_looking(what: str) -> Iterator[None]:
@@ -21,7 +25,7 @@ def only_looking(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        logging.warning(f"MoMA: {what} failed; the picture is as it would be. {type(error).__name__}: {error}")
+        _LOG.warning(f"MoMA: {what} failed; the picture is as it would be. {type(error).__name__}: {error}")
 
 
 def executing_node() -> tuple[Any, str | None]:
@@ -50,7 +54,7 @@ def warn(text: str) -> None:
 
     `web/moma.js` shows the notice. Texts on nodes are not seen in app mode.
     """
-    logging.warning(text)
+    _LOG.warning(text)
     with only_looking("showing a notice"):
         server = _server()
         if server is not None:

@@ -1,6 +1,5 @@
 """Sees to it that a run stays with MoMA, whatever other nodes do while it samples."""
 
-import logging
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -10,6 +9,7 @@ from comfy.model_patcher import create_model_options_clone
 from torch import Tensor
 
 from .conditioning import Rows
+from .editor import warn
 from .installed import Wrappers, is_whole, put_back, unloaded_adapters
 from .neighbours import check_layers, check_prompts, neighbours
 from .passes import Passes
@@ -65,7 +65,7 @@ class Guard:
             return model_options
         if not self._repaired:
             self._repaired = True
-            logging.warning(
+            warn(
                 "MoMA: another node gives the model options of its own, without MoMA in them. MoMA is put back into "
                 f"them.{self.calls.neighbours}"
             )
@@ -86,7 +86,7 @@ class Guard:
             return rows
         if not self._other_text:
             self._other_text = True
-            logging.warning(
+            warn(
                 "MoMA: another node gives the model other text than the prompts (ELLA does that), so MoMA cannot tell "
                 "where the subject is in it, and there is no automatic subject mask. Encode the prompts with that "
                 f"node, then add MoMA Mark Subject.{self.calls.neighbours}"
@@ -119,7 +119,7 @@ class Guard:
         if self._forwards and not self._started:
             self._refuse()
         if self._forwards and not self._complete and seeks_subjects:
-            logging.warning(
+            warn(
                 "MoMA: no forward of this run came to all attention layers once and in order, so there was no "
                 "automatic subject mask and the features reached the whole picture: another node leaves out layers or "
                 f"repeats them.{self.calls.neighbours}"

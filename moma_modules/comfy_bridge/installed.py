@@ -4,7 +4,6 @@ ComfyUI lets every node replace what is on a MODEL. So the start of a run, with 
 the MODEL's wrappers and in its transformer options. From either the run is made whole again.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from .attention import LOST, AttentionPatch
+from .editor import warn
 from .settings import KEY, Settings
 from .slots import fill_slots, has_slots
 
@@ -77,12 +77,12 @@ def make_whole(patcher: Any, settings: Settings, options: dict[str, Any], wrappe
     missing = [f"the {name}" for name, there in _found_on(patcher) if not there]
     missing += [f"the wrapper {kind}" for kind in put_back(settings, options, wrappers)]
     if missing:
-        logging.warning(
+        warn(
             f"MoMA: another node took {', '.join(missing)} of MoMA off this model. For this run all is put back. Apply "
             "MoMA's nodes after BrushNet, PowerPaint and others that replace what is on a model."
         )
     if not patcher.get_callbacks(CallbacksMP.ON_CLONE, KEY):
-        logging.warning(
+        warn(
             "MoMA: without its callback the models after that node share MoMA's attention patches: what IPAdapter adds "
             "to one of them acts on the others too. Apply IPAdapter before that node."
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from comfy.patcher_extension import WrappersMP
 
+from .attention import AttentionPatch
 from .settings import Settings
 from .unet import attention_layers
 
@@ -22,6 +23,8 @@ _COUPLE = "couple"
 """In the module names of all packs that give each region rows of its own: attention couple."""
 
 _OURS = __name__.partition(".moma_modules.")[0]
+_STOCK = {"comfy", "comfy_extras", "comfy_api", "torch", "builtins"}
+"""What ComfyUI itself is made of, by the first name of a module."""
 
 
 def check_neighbours(patcher: Any, settings: Settings, options: dict[str, Any]) -> None:
@@ -91,8 +94,8 @@ def neighbours(patcher: Any, model_options: dict[str, Any]) -> str:
         patcher: The run's MODEL.
         model_options: The run's.
     """
-    packs = {_pack(_module(part)) for part in _parts(patcher, model_options)}
-    packs -= {_pack(_OURS), "comfy"}
+    modules = {_module(part) for part in _parts(patcher, model_options)}
+    packs = {_pack(module) for module in modules if not _is_stock(module)} - {_pack(_OURS)}
     return f" Others on this model: {', '.join(sorted(packs))}." if packs else ""
 
 
@@ -104,13 +107,24 @@ def _parts(patcher: Any, model_options: dict[str, Any]) -> Iterator[Any]:
             yield from chain.from_iterable(options.get("wrappers", {}).get(kind, {}).values())
     yield from chain.from_iterable(options.get("patches", {}).values())
     for slots in options.get("patches_replace", {}).values():
-        yield from slots.values()
+        for patch in slots.values():
+            yield from _in_slot(patch)
     for value in model_options.values():
         if callable(value):
             yield getattr(value, "previous", value)
         elif isinstance(value, list):
             yield from filter(callable, value)
     yield from patcher.object_patches.values()
+
+
+def _in_slot(patch: Any) -> Iterator[Any]:
+    """Whoever acts in a slot of attention: our patch calls what sat there before, and what others add."""
+    if not isinstance(patch, AttentionPatch):
+        yield patch
+        return
+    if patch.previous is not None:
+        yield from _in_slot(patch.previous)
+    yield from (callback for callback, _ in patch.added)
 
 
 def _check_couple(patches: dict[str, list[Any]]) -> None:
@@ -129,6 +143,12 @@ def _module(part: Any) -> str:
         part = part.func
     found = getattr(part, "__module__", None) or type(part).__module__
     return str(found)
+
+
+def _is_stock(module: str) -> bool:
+    """Whether a module is ComfyUI's own; it names its own nodes by their files."""
+    *folders, name = re.split(r"[\\/]", module)
+    return (folders[-1] if folders else name.partition(".")[0]) in _STOCK
 
 
 def _pack(module: str) -> str:

@@ -1,20 +1,15 @@
 """What a run knows of its place in the picture and of the runs before it, and what the user is told of that."""
 
-import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .conditioning import TOKENS_KEY, positives_of
-from .editor import executing_node, show_text
+from .editor import executing_node, show_text, warn
 from .sequence import GOES_ON, PART, Trace
 from .settings import Settings, SubjectSettings
-from .whereabouts import CROPS, PICTURE, TILES, Whereabouts, box_in, kind_of_node, prompted_area
-
-_LOG = logging.getLogger("comfyui_moma")
-_LOG.setLevel(logging.WARNING)
-"""Of its own: UltimateSDUpscale turns the root logger off while it works."""
+from .whereabouts import CROPS, PICTURE, TILES, Whereabouts, box_in, crops_maps, kind_of_node, prompted_area
 
 _WITHOUT = "or connect a MODEL without MoMA to it."
 _SET_MASK = (
@@ -44,6 +39,7 @@ class Placing:
         self._before = before if self._relation == GOES_ON else None
         self._name = f"the node {self._class}" if self._class else "a node"
         self.where = Whereabouts()
+        self._unbounded = False
 
     def prepare(self, conds: dict[str, list[dict[str, Any]]], settings: Settings, noise: Tensor) -> None:
         """With the prompts processed: find out where the run is, and tell what follows from it."""
@@ -53,15 +49,19 @@ class Placing:
         areas = {key: prompted_area(found, noise) for key, found in knowing.items()}
         kind, box = kind_of_node(self._class), box_in(positives)
         batch = box not in (None, PICTURE) and noise.shape[0] > 1
-        if box == PICTURE:
-            kind, box = None, None
+        if box == PICTURE:  # from other nodes it is a mere copy of the map
+            kind, box = None if crops_maps(self._class) else kind, None
         elif box is not None:
             kind = TILES
         if batch:  # what a pack crops, it crops for the first tile
             box, areas = None, {}
         self.where = Whereabouts(kind, box, {key: area for key, area in areas.items() if area is not None})
         for entry in settings.subjects:
-            self._tell_of(entry, batch, known=bool(knowing[entry.subject.key]))
+            key, parts = entry.subject.key, _acting(entry)
+            if parts and key not in self.where.prompted:
+                regions = [part.window.region for part in parts.values()]
+                self._unbounded |= bool(knowing[key]) and any(region is None for region in regions)
+                self._tell_of(entry, parts, batch, known=bool(knowing[key]))
 
     def masks_before(self, keys: list[str], canvas: tuple[int, int, int], device: torch.device) -> Tensor | None:
         """[S, B, H, W]: the last masks of the run that this one goes on with; None if there is none."""
@@ -72,7 +72,8 @@ class Placing:
 
     def end(self, samples: Tensor, masks: dict[str, Tensor], evaluations: int) -> None:
         """The run is done: leave a trace for those that follow in the same execution of the node."""
-        if evaluations == 1 and self._trace.end > 0 and self._before is None and self.where.kind is None:
+        alone = self._before is None and self.where.kind is None
+        if evaluations == 1 and self._trace.end > 0 and alone and self._unbounded:
             self._tell(
                 f"MoMA: {self._name} stopped after one evaluation of the model. The automatic mask acts from the "
                 "second one on, so here the subject's features reached the whole picture. Sample more steps at once, "
@@ -84,36 +85,53 @@ class Placing:
         for log in self._logs:
             log.latest = self._trace
 
-    def _tell_of(self, entry: SubjectSettings, batch: bool, known: bool) -> None:
-        where, word, key = self.where, entry.subject.word, entry.subject.key
-        tokens, shortcut = entry.image_tokens, entry.shortcut
-        parts: list[Any] = [] if tokens is None or tokens.weight == 0 else [tokens]
-        parts += [] if shortcut is None or shortcut.strength == 0 else [shortcut]
-        if key in where.prompted or not parts:
-            return
-        if not any(where.is_out(part, key) for part in parts):
-            if known and (where.kind == CROPS or (where.kind is None and self._relation == PART)):
-                self._tell(
-                    f"MoMA: {self._name} works on several pictures or parts of one, and MoMA looks for the subject "
-                    f"{word!r} in each, whether it is there or not; a region_mask is taken for each as for the whole "
-                    f"picture. Where that is not meant: {_SET_MASK[0].lower()}{_SET_MASK[1:]}"
-                )
-            return
-        if where.box is not None:
-            reason, advice = "nothing says where in the picture the subject is", _REGION
-        elif batch:
-            reason, advice = "in a batch it tells the place of the first one only", "Set its batch_size to 1."
-        else:
-            reason, advice = "it does not tell where they are in it", _SET_MASK
-        self._tell(
-            f"MoMA: {self._name} works on {where.kind} of the picture, and {reason}: the subject {word!r} stays out of "
-            f"them. {advice}"
-        )
+    def _tell_of(self, entry: SubjectSettings, parts: dict[str, Any], batch: bool, known: bool) -> None:
+        where, word = self.where, entry.subject.word
+        out = [name for name, part in parts.items() if where.is_out(part, entry.subject.key)]
+        acting = [name for name in parts if name not in out]
+        if acting and not known and where.kind != TILES:
+            self._tell(
+                f"MoMA: no positive prompt of this run knows where the subject {word!r} is, so its features reach the "
+                "whole picture. Encode it with MoMA Text Encode and say its word in the prompt, or add MoMA Mark "
+                "Subject."
+            )
+        if out:
+            stays = f"the subject {word!r} stays out of them"
+            if acting:
+                stays = f"what {out[0]} adds of {stays}, while {acting[0]} acts"
+            self._tell(f"MoMA: {self._name} works on {where.kind} of the picture, and {self._reason(batch, stays)}")
+        elif known and (where.kind == CROPS or (where.kind is None and self._relation == PART)):
+            region = "would keep it out" if where.kind == CROPS else "is taken for each as for the whole picture"
+            self._tell(
+                f"MoMA: {self._name} works on several pictures or parts of one, and MoMA looks for the subject "
+                f"{word!r} in each, whether it is there or not; a region_mask {region}. Where that is not meant: "
+                f"{_SET_MASK[0].lower()}{_SET_MASK[1:]}"
+            )
+
+    def _reason(self, batch: bool, stays: str) -> str:
+        """Why subjects cannot be placed, with what follows from it and what to do."""
+        if self.where.box is not None:
+            return f"nothing says where in the picture the subject is: {stays}. {_REGION}"
+        if batch:
+            return f"in a batch it tells the place of the first one only: {stays}. Set its batch_size to 1."
+        region = ", which a region_mask needs" if self.where.kind == CROPS else ""
+        return f"it does not tell where they are in it{region}: {stays}. {_SET_MASK}"
 
     def _tell(self, text: str) -> None:
         """Once for an execution of a node."""
         self._trace.told.add(text)
         if text not in self._trace.said:
             self._trace.said.add(text)
-            _LOG.warning(text)
+            warn(text)
             show_text(text)
+
+
+def _acting(entry: SubjectSettings) -> dict[str, Any]:
+    """The parts of a subject that are on, by the node that sets them."""
+    tokens, shortcut = entry.image_tokens, entry.shortcut
+    parts: dict[str, Any] = {}
+    if tokens is not None and tokens.weight != 0:
+        parts["Apply MoMA Adapter"] = tokens
+    if shortcut is not None and shortcut.strength != 0:
+        parts["Self-Attn Shortcut"] = shortcut
+    return parts

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .compilation import Compilation, take_compilation
 from .conditioning import Rows, attach_rows, subjects_in
-from .editor import only_looking, show_text, warn
+from .editor import only_looking, show_text
 from .evaluation import Evaluation
 from .forward import Forward, SubjectRun
 from .guard import Guard
@@ -28,7 +28,7 @@ from .run_log import FinishedRun
 from .schedule import Gates
 from .settings import KEY, Settings, SubjectSettings
 from .unet_calls import apply_model, watch
-from .whereabouts import TILES, Whereabouts
+from .whereabouts import Whereabouts
 
 
 class RunState:
@@ -70,13 +70,6 @@ class RunState:
         self._found = subjects_in(guider.conds, keys)
         self.placing.prepare(guider.conds, self.settings, noise)
         self.masks = self.placing.masks_before(keys, self._canvas, noise.device)
-        for entry, found in zip(self.settings.subjects, self._found, strict=True):
-            if not found and self.placing.where.kind != TILES:
-                warn(
-                    f"MoMA: no positive prompt of this run knows where the subject {entry.subject.word!r} is, so its "
-                    "features reach the whole picture. Encode it with MoMA Text Encode and say its word in the prompt, "
-                    "or add MoMA Mark Subject."
-                )
         attach_rows(guider.conds, keys, noise)
         options = model_options["transformer_options"]
         self._live = [_live_mask(entry) for entry in self.settings.subjects]

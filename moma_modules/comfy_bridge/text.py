@@ -52,10 +52,14 @@ def mark_subject(clip: Any, subject: Subject, conditioning: list, text: str) -> 
     """A copy of `conditioning`, which was encoded from `text`, that knows where one more subject is.
 
     Raises:
-        ValueError: The CLIP is not SD1.5's, the conditioning is too short for the text, the text is not in it, or it
-            holds halves of characters.
+        ValueError: The CLIP is not SD1.5's, the conditioning is empty or too short for the text, the text is not in
+            it, or it holds halves of characters.
     """
     check_characters("text", text)
+    if not conditioning:
+        raise ValueError(
+            "conditioning is empty: connect that of the MoMA Text Encode or CLIP Text Encode with this text."
+        )
     tokens = _tokenize(clip, text)
     needed = sum(len(chunk) for chunk in tokens[CLIP_KEY])
     length = min(entry[0].shape[1] for entry in conditioning)

@@ -34,6 +34,8 @@ _KNOWN = {
     "SEGSDetailer": CROPS,
 }
 """How the names of nodes begin whose every run is on a part of the picture."""
+_CROPPING = "UltimateSDUpscale"
+"""How the names of those begin that crop maps too."""
 
 
 def with_map(values: dict[str, Any]) -> dict[str, Any]:
@@ -55,6 +57,11 @@ def box_in(conds: list[dict[str, Any]]) -> Box | None:
 def kind_of_node(class_type: str | None) -> str | None:
     """TILES or CROPS for a node that is known to work on parts of the picture."""
     return next((kind for name, kind in _KNOWN.items() if (class_type or "").startswith(name)), None)
+
+
+def crops_maps(class_type: str | None) -> bool:
+    """Whether a node crops the maps, so that a whole one tells that its run is on the whole picture."""
+    return (class_type or "").startswith(_CROPPING)
 
 
 @dataclass(frozen=True)
