@@ -119,11 +119,10 @@ def test_what_is_taken_off_is_put_back_and_named(
     assert [sorted(map(str, part)) for part in things] == before, "the MODEL itself is left as the other node made it"
 
 
-def test_it_is_said_where_the_root_logger_is_off(
-    full: Any, subject: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_said_where_the_root_logger_is_off(full: Any, subject: Any, caplog: pytest.LogCaptureFixture) -> None:
     """UltimateSDUpscale turns it off while it works."""
-    monkeypatch.setattr(logging.getLogger(), "level", logging.CRITICAL + 1)
+    caplog.set_level(logging.CRITICAL + 1)
+    caplog.handler.setLevel(logging.NOTSET)
     poorer = full.clone()
     no_attachments(poorer)
     run(new_options_from(WrappersMP.PREDICT_NOISE, FRESH["empty"])(poorer), subject, steps=1)

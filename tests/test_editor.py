@@ -254,6 +254,15 @@ def test_a_missing_word_is_seen_in_app_mode(editor: Editor) -> None:
         editor.page.evaluate("() => { app.extensionManager.workflow.activeWorkflow.activeMode = 'graph' }")
 
 
+def test_a_notice_that_is_shown_is_not_shown_again(editor: Editor) -> None:
+    """Of a node that samples many times, each time with the same to say."""
+    for text in ("MoMA: first", "MoMA: first", "MoMA: second"):
+        editor.page.evaluate("text => app.api.dispatchCustomEvent('moma.notice', { text })", text)
+    notices = editor.page.locator(".p-toast-message")
+    notices.filter(has_text="MoMA: second").wait_for(timeout=WAIT)
+    assert notices.filter(has_text="MoMA: first").count() == 1
+
+
 def test_a_missing_file_is_offered_for_download(server: ComfyServer, browser: Any) -> None:
     """From the models' addresses in the workflow's nodes; that the sizes cannot be asked for is no error of ours."""
     (server.base / "models" / BIREFNET).unlink()
