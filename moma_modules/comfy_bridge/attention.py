@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from copy import copy
 from typing import Any
+from uuid import uuid4
 
 import torch
 from comfy.ldm.modules.attention import optimized_attention
@@ -26,11 +27,15 @@ class AttentionPatch(ABC):
     """One entry of `patches_replace`: what sat in the slot before, plus MoMA, plus what others add.
 
     `add` is the protocol by which the IPAdapter family shares a cross-attention slot.
+
+    Attributes:
+        origin: The same for all copies of a patch, deep ones too.
     """
 
     def __init__(self, block: int, previous: Any = None) -> None:
         self.block = block
         self.previous = previous
+        self.origin = uuid4().hex
         self.added: list[tuple[Callable[..., Tensor], dict[str, Any]]] = []
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:

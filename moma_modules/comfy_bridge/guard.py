@@ -23,17 +23,19 @@ class Guard:
     Attributes:
         calls: Tells the run's own forwards from those of others.
         prepared: Whether sampling started through our wrapper.
+        evaluated: Whether a guider has evaluated its prompts.
+        masked: Whether an evaluation gave subject masks.
     """
 
     def __init__(self, settings: Settings, wrappers: Wrappers) -> None:
         self.calls = UnetCalls()
-        self.prepared = False
+        self.prepared = self.evaluated = self.masked = False
         self._settings = settings
         self._wrappers = wrappers
-        self._forwards = self._started = self._complete = self._repaired = False
-        self._other_text = False
+        self._forwards = self._started = self._complete = self._own_complete = self._repaired = False
+        self._other_text = self._other_prompts = False
 
-    def prepare(self, guider: Any, model_options: dict[str, Any]) -> None:
+    def prepare(self, guider: Any, model_options: dict[str, Any], noise: Tensor) -> None:
         """The model is loaded and the prompts are processed: look at who else is there, and that we are.
 
         Raises:
@@ -44,7 +46,13 @@ class Guard:
         self.calls.neighbours = neighbours(guider.model_patcher, model_options)
         unloaded = unloaded_adapters(guider.model_patcher, self._settings)
         if unloaded:
-            load_models_gpu(unloaded)
+            patcher = guider.model_patcher
+            # Together: on a tight card the adapters alone could make ComfyUI unload the UNet that is about to run.
+            memory = patcher.memory_required([2 * noise.shape[0], *noise.shape[1:]])
+            load_models_gpu([patcher, *unloaded], memory_required=memory)
+        # This deprecated node of ComfyUI encodes its empty prompt anew for every evaluation; it is a negative one.
+        function = model_options.get("sampler_cfg_function")
+        self._other_prompts = getattr(function, "__module__", "").endswith("nodes_perpneg")
 
     def check_prepared(self) -> None:
         """Whether sampling started through our wrapper.
@@ -53,15 +61,12 @@ class Guard:
             ValueError: It did not.
         """
         if not self.prepared:
-            raise ValueError(
-                "MoMA: another node samples with options of its own, so that MoMA would do nothing in this run. Remove "
-                f"that node, or MoMA.{self.calls.neighbours}"
-            )
+            self._refuse_options()
 
     def whole(self, state: Any, model_options: dict[str, Any] | None) -> dict[str, Any]:
         """An evaluation's model options; if another node made new ones for it, a copy that has us in it again."""
         options = (model_options or {}).get("transformer_options", {})
-        if model_options is not None and options.get(KEY) is state and is_whole(options, self._wrappers):
+        if model_options is not None and options.get(KEY) is state and is_whole(self._settings, options, self._wrappers):
             return model_options
         if not self._repaired:
             self._repaired = True
@@ -93,6 +98,16 @@ class Guard:
             )
         return replace(rows, tokens=torch.zeros_like(rows.tokens))
 
+    def say_other_prompts(self) -> None:
+        """A conditioning that is none of the run's own, in the run's size, is taken for a negative one."""
+        if not self._other_prompts:
+            self._other_prompts = True
+            warn(
+                "MoMA: another node evaluates prompts that are not among those of the run (Dual Model CFG Guider does "
+                "that with its negative prompt), so MoMA takes them for negative ones: they get no image tokens of the "
+                f"subject, and no subject mask is looked for in them.{self.calls.neighbours}"
+            )
+
     def finish_forward(self, passes: Passes) -> None:
         """A forward of the run's own has ended.
 
@@ -105,6 +120,7 @@ class Guard:
         self._forwards = True
         self._started = self._started or passes.started
         self._complete = self._complete or passes.complete
+        self._own_complete = self._own_complete or passes.own_complete
 
     def finish(self, seeks_subjects: bool) -> None:
         """The run ended well: say what did not work in it.
@@ -116,14 +132,34 @@ class Guard:
             ValueError: Sampling never came to us, or never went through the UNet.
         """
         self.check_prepared()
+        if self.evaluated and not self._forwards:
+            self._refuse_options()
         if self._forwards and not self._started:
             self._refuse()
+        if self._complete and self._settings.has_shortcut and not self._own_complete:
+            warn(
+                "MoMA: no forward of this run came to MoMA's patches in all self-attention layers, so Self-Attn "
+                "Shortcut did nothing there: another node replaces them while the run goes on. Remove that node, or "
+                f"Self-Attn Shortcut.{self.calls.neighbours}"
+            )
+        if self._complete and seeks_subjects and not self.masked:
+            warn(
+                "MoMA: no evaluation of this run gave a subject mask, so the features reached the whole picture: "
+                "another node replaces attention layers while the run goes on, or leaves out some of them. Remove that "
+                f"node.{self.calls.neighbours}"
+            )
         if self._forwards and not self._complete and seeks_subjects:
             warn(
                 "MoMA: no forward of this run came to all attention layers once and in order, so there was no "
                 "automatic subject mask and the features reached the whole picture: another node leaves out layers or "
                 f"repeats them.{self.calls.neighbours}"
             )
+
+    def _refuse_options(self) -> NoReturn:
+        raise ValueError(
+            "MoMA: another node samples with options of its own, so that MoMA would do nothing in this run. Remove "
+            f"that node, or MoMA.{self.calls.neighbours}"
+        )
 
     def _refuse(self) -> NoReturn:
         raise ValueError(

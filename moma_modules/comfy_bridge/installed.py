@@ -13,7 +13,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from .attention import LOST, AttentionPatch
 from .editor import warn
 from .settings import KEY, Settings
-from .slots import fill_slots, has_slots
+from .slots import fill_slots, has_all_slots, has_slots
 
 Wrappers = dict[str, Callable[..., Any]]
 """Our wrapper of each kind that a run needs, by ComfyUI's name of the kind."""
@@ -95,10 +95,10 @@ def unloaded_adapters(patcher: Any, settings: Settings) -> list[Any]:
     return [adapter for adapter in adapters.values() if id(adapter.model) not in here]
 
 
-def is_whole(options: dict[str, Any], wrappers: Wrappers) -> bool:
+def is_whole(settings: Settings, options: dict[str, Any], wrappers: Wrappers) -> bool:
     """Whether an evaluation's transformer options still hold what of ours acts within an evaluation."""
     kinds = (WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL)
-    return has_slots(options) and all(_has(options, kind, wrappers[kind]) for kind in kinds)
+    return has_all_slots(options, settings.has_shortcut) and all(_has(options, kind, wrappers[kind]) for kind in kinds)
 
 
 def put_back(settings: Settings, options: dict[str, Any], wrappers: Wrappers) -> list[str]:

@@ -28,6 +28,11 @@ class Passes:
         return tuple(self._cross) == ORDER
 
     @property
+    def own_complete(self) -> bool:
+        """Whether every self-attention layer was come to with all rows, where there are patches for them."""
+        return set(self._whole) == set(ORDER)
+
+    @property
     def touched(self) -> bool:
         """Whether any cross-attention layer was come to."""
         return bool(self._cross)

@@ -27,6 +27,7 @@ from .reference_cache import KeysValues
 from .run_log import FinishedRun
 from .schedule import Gates
 from .settings import KEY, Settings, SubjectSettings
+from .slots import same_patches
 from .unet_calls import apply_model, watch
 from .whereabouts import Whereabouts
 
@@ -55,7 +56,7 @@ class RunState:
         self._found: list[bool] = []
         self._gates: tuple[Gates, ...] = ()
         self._evaluation: Evaluation | None = None
-        self._patches: Any = None
+        self._options: dict[str, Any] = {}
         self._canvas: tuple[int, int, int] = (0, 0, 0)
 
     def __deepcopy__(self, _: Any) -> "RunState":
@@ -64,7 +65,7 @@ class RunState:
 
     def prepare(self, guider: Any, model_options: dict[str, Any], noise: Tensor) -> None:
         """With the model loaded and the prompts processed: mark the rows, run the reference passes."""
-        self.guard.prepare(guider, model_options)
+        self.guard.prepare(guider, model_options, noise)
         keys = [entry.subject.key for entry in self.settings.subjects]
         self._canvas = (noise.shape[0], *noise.shape[-2:])
         self._found = subjects_in(guider.conds, keys)
@@ -88,21 +89,24 @@ class RunState:
 
     def begin_evaluation(self, model_options: dict[str, Any], device: torch.device) -> None:
         """A guider starts to evaluate its prompts at one noise level."""
-        self._patches = _replacements(model_options)
+        self.guard.evaluated = True
+        self._options = model_options["transformer_options"]
         self._evaluation = Evaluation(len(self.subjects), self._canvas, device) if self.seeks_subjects else None
 
     def end_evaluation(self) -> None:
         """The maps that came together become the masks of the next evaluation."""
         if self._evaluation is not None and self._evaluation.has_maps and not self._evaluation.cut_short:
             self.masks = self._evaluation.masks(self.masks)
+            self.guard.masked = True
             self._look(self.masks)
         self._evaluation = None
-        self._patches = None
+        self._options = {}
 
     def begin_call(self, model_options: dict[str, Any]) -> None:
         """A batch of prompts is evaluated; extra calls by PAG or skip-layer guidance come with other patches."""
-        # The options themselves may be a copy: AnimateDiff-Evolved makes one for every evaluation.
-        self._collecting = self._evaluation is not None and _replacements(model_options) is self._patches
+        # The options may be a copy: AnimateDiff-Evolved makes one for every evaluation, other guiders deep ones.
+        same = same_patches(model_options["transformer_options"], self._options)
+        self._collecting = self._evaluation is not None and same
 
     def end_call(self) -> None:
         """The batch is done."""
@@ -118,6 +122,7 @@ class RunState:
         batch, height, width = self._canvas
         if x.shape[0] % batch or x.shape[-2:] != (height, width):
             return None
+        self.guard.say_other_prompts()
         pixels = torch.arange(batch * height * width, device=x.device).view(batch, 1, height, width)
         return Rows(
             tokens=torch.zeros(x.shape[0], len(self.subjects), 1, device=x.device),
@@ -174,7 +179,7 @@ class RunState:
 
     def clear(self) -> None:
         """Let go of everything on the device."""
-        self.subjects, self.masks, self._evaluation, self._patches = (), None, None, None
+        self.subjects, self.masks, self._evaluation, self._options = (), None, None, {}
         self.film = Film()
 
     def _look(self, masks: Tensor) -> None:
@@ -304,10 +309,6 @@ def calc_cond_batch(executor: Any, model: Any, conds: Any, x_in: Any, timestep: 
         return executor(model, conds, x_in, timestep, model_options)
     finally:
         state.end_call()
-
-
-def _replacements(model_options: dict[str, Any]) -> Any:
-    return model_options["transformer_options"].get("patches_replace")
 
 
 def _state(model_options: dict[str, Any] | None) -> RunState | None:

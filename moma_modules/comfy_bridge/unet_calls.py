@@ -68,7 +68,15 @@ class UnetCalls:
         if any(expected == came for expected, came in request.others) and not self._input_changes:
             # Every input was another one: the latent is changed on its way. Once more, with that in mind.
             self._input_changes = True
-            return self._attempt(x, run)[1]
+            request, out = self._attempt(x, run)
+            if request.passes:
+                return out
+            self._input_changes = False
+            raise ValueError(
+                "MoMA: another node gives the UNet another latent than the sampler's, and did not do so again when it "
+                "was asked twice, so MoMA cannot tell which forward of the UNet makes the picture. Remove that node."
+                f"{self.neighbours}"
+            )
         (rows, height, width), came = request.others[0]
         raise ValueError(
             f"MoMA: another node changed the model's input to {came[0]} rows of {came[1]}x{came[2]}, where {rows} rows "
