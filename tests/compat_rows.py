@@ -127,6 +127,14 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
         ),
         Row("FreeU, NAG", WORKS, "Either order.", "compat_guidance::test_changed_features_in_either_order"),
         Row("Perp-Neg (guider and node)", WORKS, "Both agree.", "compat_guidance::test_both_perp_neg_nodes_agree"),
+        Row(
+            "Dual Model CFG Guider",
+            PARTLY,
+            "What runs on its other model is taken for a negative prompt: no image tokens, no mask from it. The "
+            "shortcut is in it too.",
+            "compat_guidance::test_a_negative_prompt_on_another_model_is_said",
+            "another node evaluates prompts that are not among those of the run",
+        ),
         Row("CFG 1, LCM", WORKS, "No negative prompt is needed.", "compat_guidance::test_lcm_without_guidance"),
     ),
     "Sampling": (

@@ -177,6 +177,25 @@ def test_where_it_cannot_be_told_which_forward_is_the_runs_own(full: Any, subjec
         run(other, subject)
 
 
+@pytest.mark.parametrize("second", ["another size", "no forward"])
+def test_a_latent_that_is_changed_once_only_is_refused(full: Any, subject: Any, second: str) -> None:
+    """Asked again for the same evaluation, the node does something else: no forward is the run's own."""
+    calls: list[int] = []
+
+    def wrapper(model: Any, args: dict[str, Any]) -> Any:
+        calls.append(1)
+        x, rest = args["input"], (args["timestep"],)
+        if len(calls) == 1:
+            return model(x + 1, *rest, **args["c"])
+        return x if second == "no forward" else model(x[..., :4], *rest, **args["c"]).repeat(1, 1, 1, 2)
+
+    patched = full.clone()
+    patched.set_model_unet_function_wrapper(wrapper)
+    with pytest.raises(ValueError, match="^MoMA: another node gives the UNet another latent than the sampler's"):
+        run(patched, subject)
+    assert len(calls) == 2
+
+
 class FirstBlockCache:
     """As WaveSpeed's: the first block with attention runs always, the rest in the first evaluation only."""
 

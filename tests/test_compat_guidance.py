@@ -6,6 +6,7 @@ import comfy.model_patcher
 import comfy.samplers
 import pytest
 import torch
+from comfy_extras import nodes_custom_sampler
 from comfy_extras.nodes_cfg import CFGZeroStar
 from comfy_extras.nodes_custom_sampler import CFGGuider, KSamplerSelect, Noise_RandomNoise, SamplerCustomAdvanced
 from comfy_extras.nodes_freelunch import FreeU_V2
@@ -15,6 +16,7 @@ from comfy_extras.nodes_nag import NAGuidance
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_perpneg import PerpNeg, PerpNegGuider
 from comfy_extras.nodes_sag import SelfAttentionGuidance
+from compat_rows import message
 from scene import close, masks_of, moma, negative, positive, sample, tiny_shortcut
 
 SHORT = {"size": (16, 16), "steps": 2, "last_step": 1}
@@ -100,12 +102,27 @@ def guided(guider: Any, steps: int = 2) -> torch.Tensor:
     return out.args[0]["samples"]
 
 
+def test_a_negative_prompt_on_another_model_is_said(
+    model: Any, full: Any, subject: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its rows are taken for negative ones; the mask comes from the positive prompt."""
+    node = getattr(nodes_custom_sampler, "DualModelGuider", None)
+    if node is None:
+        pytest.skip("ComfyUI has it from 0.30 on")
+    with caplog.at_level("WARNING"):
+        ours = guided(node.execute(full, positive(subject), 5.0, model, negative()).args[0])
+    assert caplog.text.count(message("Dual Model CFG Guider")) == 1
+    plain = guided(node.execute(model, positive(subject), 5.0, model, negative()).args[0])
+    assert not close(ours, plain, 1e-2) and float(masks_of(full, ours)[subject.key].std()) > 0.05
+
+
 def empty() -> list:
     return negative(seed=18)
 
 
-def test_both_perp_neg_nodes_agree(model: Any, subject: Any, full: Any) -> None:
+def test_both_perp_neg_nodes_agree(model: Any, subject: Any, full: Any, caplog: pytest.LogCaptureFixture) -> None:
     """The deprecated node encodes its empty prompt during the run, the guider brings it along: one picture."""
+    caplog.set_level("WARNING")
     for patched in (model, full):
         perp_neg = PerpNeg.execute(patched, empty(), 0.8).args[0]
         by_node = guided(CFGGuider.execute(perp_neg, positive(subject), negative(), 5.0).args[0])
@@ -114,6 +131,7 @@ def test_both_perp_neg_nodes_agree(model: Any, subject: Any, full: Any) -> None:
         plain = guided(CFGGuider.execute(patched, positive(subject), negative(), 5.0).args[0])
         assert not close(by_node, plain, 1e-2)
     assert not close(guided(guider), guided(PerpNegGuider.execute(model, *guider_inputs(subject)).args[0]), 1e-2)
+    assert "MoMA" not in caplog.text
 
 
 def guider_inputs(subject: Any) -> tuple[Any, ...]:

@@ -6,10 +6,12 @@ from copy import deepcopy
 from typing import Any
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfyui_moma.moma_modules.comfy_bridge import guard
 from comfyui_moma.moma_modules.comfy_bridge.patching import settings_of
 from compat_rows import message
 from scene import masks_of, moma, negative, positive, sample, tiny_shortcut
@@ -153,6 +155,23 @@ def test_the_adapter_is_loaded_all_the_same(full: Any, subject: Any) -> None:
     assert any(model is settings_of(full).subjects[0].adapter.module for model in loaded)
 
 
+def test_the_adapter_is_loaded_together_with_the_unet(full: Any, subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself it could push the UNet off a tight card; and what sampling needs stays free."""
+    calls: list[tuple[list[Any], float]] = []
+
+    def load(models: list[Any], memory_required: float = 0) -> None:
+        calls.append((models, memory_required))
+        comfy.model_management.load_models_gpu(models, memory_required=memory_required)
+
+    monkeypatch.setattr(guard, "load_models_gpu", load)
+    poorer = full.clone()
+    no_additional_models(poorer)
+    run(poorer, subject)
+    ((models, memory),) = calls
+    assert [model.model for model in models] == [full.model, settings_of(full).subjects[0].adapter.module]
+    assert memory == full.memory_required([2, 4, 8, 8])
+
+
 @pytest.mark.parametrize("left", ["callbacks", "slots"])
 def test_where_only_a_witness_is_left_the_run_is_refused(full: Any, subject: Any, left: str) -> None:
     """Without the start of a run nothing can be put back; what is left says so before the first step ends."""
@@ -199,8 +218,10 @@ def test_options_may_be_copied_deeply(full: Any, subject: Any, expected: torch.T
     assert torch.equal(run(new_options_from(WrappersMP.PREDICT_NOISE, deepcopy)(full), subject), expected)
 
 
-def new_options_from(kind: str, fresh: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Any], Any]:
-    """A node whose wrapper hands other model options on, in a run that began as it should."""
+def new_options_from(
+    kind: str, fresh: Callable[[dict[str, Any]], dict[str, Any]], inner: bool = False
+) -> Callable[[Any], Any]:
+    """A node whose wrapper, around ours or below it, hands other model options on in a run that began as it should."""
 
     def in_sampler(executor: Any, guider: Any, sigmas: Any, extra_args: Any, *args: Any) -> Any:
         other = {**extra_args, "model_options": fresh(extra_args["model_options"])}
@@ -214,7 +235,8 @@ def new_options_from(kind: str, fresh: Callable[[dict[str, Any]], dict[str, Any]
     def add(model: Any) -> Any:
         clone = model.clone()
         # The first wrapper is the outermost.
-        clone.wrappers[kind] = {"other": [wrapper], **clone.wrappers.get(kind, {})}
+        before = clone.wrappers.get(kind, {})
+        clone.wrappers[kind] = {**before, "other": [wrapper]} if inner else {"other": [wrapper], **before}
         return clone
 
     return add
@@ -234,7 +256,14 @@ FRESH: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         **options,
         "transformer_options": {**options["transformer_options"], "patches_replace": {}},
     },
+    "without the slots of self-attention": lambda options: without_self_attention(options),
 }
+
+
+def without_self_attention(options: dict[str, Any]) -> dict[str, Any]:
+    inner = options["transformer_options"]
+    slots = {"attn2": inner["patches_replace"]["attn2"]}
+    return {**options, "transformer_options": {**inner, "patches_replace": slots}}
 
 
 @pytest.mark.parametrize("fresh", FRESH)
@@ -245,6 +274,142 @@ def test_options_that_are_made_anew_during_a_run(
     with caplog.at_level("WARNING"):
         assert torch.equal(run(new_options_from(kind, FRESH[fresh])(full), subject), expected)
     assert "another node gives the model options of its own, without MoMA in them" in caplog.text
+
+
+INNER = {
+    "empty": "another node samples with options of its own",
+    "without our state": "another node took MoMA's wrappers off this model",
+    "without wrappers": "another node samples with options of its own",
+    "without slots": "another node runs this model without its attention layers",
+}
+
+
+@pytest.mark.parametrize("fresh", INNER)
+def test_options_that_are_made_anew_within_an_evaluation_are_refused(full: Any, subject: Any, fresh: str) -> None:
+    """Below our wrapper nothing can be put back."""
+    with pytest.raises(ValueError, match=f"^MoMA: {INNER[fresh]}"):
+        run(new_options_from(WrappersMP.PREDICT_NOISE, FRESH[fresh], inner=True)(full), subject)
+
+
+def test_a_guider_with_options_of_its_own_is_refused(full: Any, subject: Any) -> None:
+    class Guider(comfy.samplers.CFGGuider):
+        def predict_noise(self, x: Any, timestep: Any, model_options: Any = None, seed: Any = None) -> Any:
+            return super().predict_noise(x, timestep, {"transformer_options": {}}, seed)
+
+    with pytest.raises(ValueError, match="^MoMA: another node samples with options of its own"):
+        guided(Guider(full), subject)
+
+
+def guided(guider: Any, subject: Any) -> torch.Tensor:
+    """Two steps of euler."""
+    guider.set_conds(positive(subject), negative())
+    guider.set_cfg(7.5)
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", 2)
+    sampler = comfy.samplers.sampler_object("euler")
+    with torch.inference_mode():
+        return guider.sample(torch.ones(1, 4, 8, 8), torch.zeros(1, 4, 8, 8), sampler, sigmas, disable_pbar=True)
+
+
+def test_a_shortcut_that_is_taken_away_within_an_evaluation_is_said(
+    full: Any, subject: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING"):
+        run(new_options_from(WrappersMP.PREDICT_NOISE, without_self_attention, inner=True)(full), subject)
+    assert "no forward of this run came to MoMA's patches in all self-attention layers" in caplog.text
+
+
+def other_prompts(model: Any, scale: int) -> Any:
+    """A node that evaluates prompts of its own, `scale` times as large as the run's."""
+
+    def wrapper(executor: Any, unet: Any, conds: Any, x: Any, timestep: Any, options: Any) -> Any:
+        bare = [
+            [
+                {**cond, "model_conds": {k: v for k, v in cond["model_conds"].items() if not k.startswith(OURS)}}
+                for cond in part
+            ]
+            for part in conds
+        ]
+        large = x.repeat(1, 1, scale, scale)
+        return [out[..., : x.shape[-2], : x.shape[-1]] for out in executor(unet, bare, large, timestep, options)]
+
+    clone = model.clone()
+    clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "other", wrapper)
+    return clone
+
+
+def test_prompts_of_another_size_only_are_refused(full: Any, subject: Any) -> None:
+    with pytest.raises(ValueError, match="^MoMA: another node samples with options of its own"):
+        run(other_prompts(full, 2), subject)
+
+
+def test_prompts_of_another_node_are_said_once(full: Any, subject: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING"):
+        run(other_prompts(full, 1), subject)
+    assert caplog.text.count(message("Dual Model CFG Guider")) == 1
+
+
+COPIES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "copied": comfy.model_patcher.create_model_options_clone,
+    "copied deeply": deepcopy,
+}
+
+
+def halved(q: Any, k: Any, v: Any, extra_options: dict[str, Any]) -> torch.Tensor:
+    return comfy.ldm.modules.attention.optimized_attention(q, k, v, extra_options["n_heads"]) / 2
+
+
+def in_the_batch(copied: Callable[[dict[str, Any]], dict[str, Any]], extra: bool) -> Callable[[Any], Any]:
+    """`sampler_calc_cond_batch_function` with copied options; `extra`: first a call with another patch in a slot."""
+
+    def calc(args: dict[str, Any]) -> Any:
+        inputs = (args["model"], args["conds"], args["input"], args["sigma"])
+        options = copied(args["model_options"])
+        if extra:
+            weaker = comfy.model_patcher.set_model_options_patch_replace(options.copy(), halved, "attn2", "input", 2)
+            comfy.samplers.calc_cond_batch(*inputs, weaker)
+        return comfy.samplers.calc_cond_batch(*inputs, options)
+
+    def add(model: Any) -> Any:
+        clone = model.clone()
+        clone.set_model_sampler_calc_cond_batch_function(calc)
+        return clone
+
+    return add
+
+
+@pytest.mark.parametrize("place", ["PREDICT_NOISE", "the batch", "the batch, with an extra call before"])
+@pytest.mark.parametrize("copied", COPIES)
+def test_options_may_be_copied_within_an_evaluation(
+    full: Any, subject: Any, expected: torch.Tensor, caplog: pytest.LogCaptureFixture, place: str, copied: str
+) -> None:
+    """The masks are found all the same; an extra call with another patch feeds none."""
+    copy = COPIES[copied]
+    nodes = {
+        "PREDICT_NOISE": new_options_from(WrappersMP.PREDICT_NOISE, copy, inner=True),
+        "the batch": in_the_batch(copy, extra=False),
+        "the batch, with an extra call before": in_the_batch(copy, extra=True),
+    }
+    patched = nodes[place](full)
+    with caplog.at_level("WARNING"):
+        samples = run(patched, subject)
+    assert torch.equal(samples, expected) and "MoMA" not in caplog.text
+    assert torch.equal(masks_of(patched, samples)[subject.key], masks_of(full, expected)[subject.key])
+
+
+def test_a_run_without_any_mask_says_so(full: Any, subject: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A patch around one of ours makes every call look like an extra one."""
+
+    def around(options: dict[str, Any]) -> dict[str, Any]:
+        slot = options["transformer_options"]["patches_replace"]["attn2"][("input", 2)]
+        patch = lambda *args: slot(*args)  # noqa: E731
+        return comfy.model_patcher.set_model_options_patch_replace(options.copy(), patch, "attn2", "input", 2)
+
+    with caplog.at_level("WARNING"):
+        patched = new_options_from(WrappersMP.PREDICT_NOISE, around, inner=True)(full)
+        samples = run(patched, subject)
+    assert "no evaluation of this run gave a subject mask" in caplog.text
+    assert bool((masks_of(patched, samples)[subject.key] == 1).all())
 
 
 def test_a_sampler_of_another_pack_without_our_wrapper_is_refused(full: Any, subject: Any) -> None:

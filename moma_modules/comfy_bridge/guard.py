@@ -66,7 +66,11 @@ class Guard:
     def whole(self, state: Any, model_options: dict[str, Any] | None) -> dict[str, Any]:
         """An evaluation's model options; if another node made new ones for it, a copy that has us in it again."""
         options = (model_options or {}).get("transformer_options", {})
-        if model_options is not None and options.get(KEY) is state and is_whole(self._settings, options, self._wrappers):
+        if (
+            model_options is not None
+            and options.get(KEY) is state
+            and is_whole(self._settings, options, self._wrappers)
+        ):
             return model_options
         if not self._repaired:
             self._repaired = True
@@ -136,7 +140,9 @@ class Guard:
             self._refuse_options()
         if self._forwards and not self._started:
             self._refuse()
-        if self._complete and self._settings.has_shortcut and not self._own_complete:
+        shortcuts = [entry.shortcut for entry in self._settings.subjects]
+        wanted = any(shortcut is not None and shortcut.strength != 0 for shortcut in shortcuts)
+        if self._complete and wanted and not self._own_complete:
             warn(
                 "MoMA: no forward of this run came to MoMA's patches in all self-attention layers, so Self-Attn "
                 "Shortcut did nothing there: another node replaces them while the run goes on. Remove that node, or "
