@@ -460,3 +460,26 @@ def test_options_that_are_made_anew_before_sampling(full: Any, subject: Any, exp
     with pytest.raises(ValueError, match="^MoMA: another node samples with options of its own"):
         run(other, subject)
     assert torch.equal(run(full, subject), expected)
+
+
+def wrapped(options: dict[str, Any]) -> dict[str, Any]:
+    """Some slots taken by what calls the patch that was there."""
+
+    def around(patch: Any) -> Callable[..., torch.Tensor]:
+        return lambda *args: patch(*args)
+
+    slots = options["transformer_options"]["patches_replace"]
+    for kind in ("attn1", "attn2"):
+        patch = around(slots[kind][("input", 2)])
+        options = comfy.model_patcher.set_model_options_patch_replace({**options}, patch, kind, "input", 2)
+    return options
+
+
+def test_a_patch_around_ours_does_not_double_the_features(full: Any, subject: Any, expected: torch.Tensor) -> None:
+    """On the MODEL, and put there by a wrapper around ours."""
+    on_model = full.clone()
+    on_model.model_options = wrapped(on_model.model_options)
+    for other in (on_model, *(new_options_from(kind, wrapped)(full) for kind in ("sampler_sample", "predict_noise"))):
+        samples = run(other, subject)
+        assert torch.equal(samples, expected)
+        assert torch.equal(masks_of(other, samples)[subject.key], masks_of(full, expected)[subject.key])

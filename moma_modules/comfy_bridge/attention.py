@@ -41,7 +41,8 @@ class AttentionPatch(ABC):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         """q [R, T, C], k and v [R, L, C] after projection; returns [R, T, C] before `to_out`."""
         if self.previous is not None:
-            out = self.previous(q, k, v, extra_options)
+            # It may be another node's, around one of ours: the features are to be added once, here.
+            out = self.previous(q, k, v, {**extra_options, FORWARD: None})
         else:
             out = plain_attention(q, k, v, extra_options)
         forward = extra_options.get(FORWARD)
