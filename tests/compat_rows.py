@@ -539,6 +539,26 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             "compat_removals::test_without_all_of_it_the_model_is_a_fresh_one",
         ),
         Row(
+            "Guiders that evaluate with model options of their own",
+            REFUSED,
+            "At the end of the run. Copies of the run's options work.",
+            "compat_removals::test_options_that_are_made_anew_within_an_evaluation_are_refused",
+            "another node samples with options of its own",
+        ),
+        Row(
+            "Nodes that put patches around MoMA's",
+            WORKS,
+            "The features are added once.",
+            "compat_removals::test_a_patch_around_ours_does_not_double_the_features",
+        ),
+        Row(
+            "Nodes that replace MoMA's self-attention patches within an evaluation",
+            PARTLY,
+            "No Self-Attn Shortcut, no automatic mask.",
+            "compat_removals::test_a_shortcut_that_is_taken_away_within_an_evaluation_is_said",
+            "came to MoMA's patches in all self-attention layers",
+        ),
+        Row(
             "Engines that run the UNet in place of ComfyUI",
             REFUSED,
             "In the first step.",

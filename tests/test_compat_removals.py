@@ -169,7 +169,7 @@ def test_the_adapter_is_loaded_together_with_the_unet(full: Any, subject: Any, m
     run(poorer, subject)
     ((models, memory),) = calls
     assert [model.model for model in models] == [full.model, settings_of(full).subjects[0].adapter.module]
-    assert memory == full.memory_required([2, 4, 8, 8])
+    assert memory == full.model.memory_required([2, 4, 8, 8])
 
 
 @pytest.mark.parametrize("left", ["callbacks", "slots"])

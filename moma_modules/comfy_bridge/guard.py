@@ -48,9 +48,9 @@ class Guard:
         if unloaded:
             patcher = guider.model_patcher
             # Together: on a tight card the adapters alone could make ComfyUI unload the UNet that is about to run.
-            memory = patcher.memory_required([2 * noise.shape[0], *noise.shape[1:]])
+            memory = patcher.model.memory_required([2 * noise.shape[0], *noise.shape[1:]])
             load_models_gpu([patcher, *unloaded], memory_required=memory)
-        # This deprecated node of ComfyUI encodes its empty prompt anew for every evaluation; it is a negative one.
+        # Nothing to say of ComfyUI's deprecated Perp-Neg: it encodes its empty prompt in the run, and that is negative.
         function = model_options.get("sampler_cfg_function")
         self._other_prompts = getattr(function, "__module__", "").endswith("nodes_perpneg")
 
