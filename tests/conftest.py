@@ -50,6 +50,22 @@ def subject(adapter: Any) -> Any:
     return tiny_subject(adapter)
 
 
+@pytest.fixture(scope="module")
+def full(model: Any, adapter: Any, subject: Any) -> Any:
+    """The MODEL with both parts of MoMA on it."""
+    from scene import moma, tiny_shortcut
+
+    return moma(model, adapter, subject, shortcut=tiny_shortcut())
+
+
+@pytest.fixture(scope="module")
+def expected(full: Any, subject: Any) -> Any:
+    """What that gives when nobody else is on it."""
+    from scene import run
+
+    return run(full, subject)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 1 MB: a file system of its own, which only some users may make."""

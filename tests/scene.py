@@ -122,6 +122,11 @@ def sample(
         )
 
 
+def run(model: Any, subject: Any, **kwargs: Any) -> torch.Tensor:
+    """`sample` with prompts of which the positive one knows the subject."""
+    return sample(model, positive(subject), negative(), **kwargs)
+
+
 def masks_of(model: Any, samples: torch.Tensor) -> dict[str, torch.Tensor]:
     """The subject masks of the run that gave `samples`."""
     from comfyui_moma.moma_modules.comfy_bridge.patching import settings_of

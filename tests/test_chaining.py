@@ -4,14 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from scene import moma, negative, positive, sample, tiny_shortcut
+from scene import moma, run, tiny_shortcut
 from tiny_models import tiny_model
 
 PLACES = ((("input", 1), None), (("input", 1), 0))
-
-
-def run(model: Any, subject: Any, **kwargs: Any) -> torch.Tensor:
-    return sample(model, positive(subject), negative(), **kwargs)
 
 
 def halved(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any]) -> torch.Tensor:

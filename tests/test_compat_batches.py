@@ -16,11 +16,6 @@ from tiny_models import seeded
 FRAMES = 6
 
 
-@pytest.fixture(scope="module")
-def full(model: Any, adapter: Any, subject: Any) -> Any:
-    return moma(model, adapter, subject, shortcut=tiny_shortcut())
-
-
 def run(model: Any, subject: Any, **kwargs: Any) -> torch.Tensor:
     return sample(model, positive(subject), negative(), **{"steps": 2, "sampler": "euler", **kwargs})
 

@@ -9,24 +9,10 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embe
 from comfy.patcher_extension import WrappersMP
 from comfyui_moma.moma_modules.comfy_bridge.unet import BLOCKS
 from compat_rows import message
-from scene import close, masks_of, moma, negative, positive, sample, tiny_shortcut
+from scene import close, masks_of, moma, run
 from tiny_models import seeded
 
 Change = Callable[[torch.Tensor], torch.Tensor]
-
-
-def run(model: Any, subject: Any, **kwargs: Any) -> torch.Tensor:
-    return sample(model, positive(subject), negative(), **{"steps": 3, **kwargs})
-
-
-@pytest.fixture(scope="module")
-def full(model: Any, adapter: Any, subject: Any) -> Any:
-    return moma(model, adapter, subject, shortcut=tiny_shortcut())
-
-
-@pytest.fixture(scope="module")
-def expected(full: Any, subject: Any) -> torch.Tensor:
-    return run(full, subject)
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:

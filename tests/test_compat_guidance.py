@@ -23,11 +23,6 @@ SHORT = {"size": (16, 16), "steps": 2, "last_step": 1}
 """One evaluation, whose mask is read afterwards."""
 
 
-@pytest.fixture(scope="module")
-def full(model: Any, adapter: Any, subject: Any) -> Any:
-    return moma(model, adapter, subject, shortcut=tiny_shortcut())
-
-
 def run(model: Any, subject: Any, **kwargs: Any) -> torch.Tensor:
     return sample(model, positive(subject), negative(), **{"steps": 2, **kwargs})
 

@@ -2,22 +2,16 @@
 
 from typing import Any
 
-import pytest
 import torch
 from comfyui_moma.moma_modules.comfy_bridge.patching import patched, settings_of
 from comfyui_moma.moma_modules.comfy_bridge.settings import ImageTokens, Window
-from scene import WORD_TOKENS, close, masks_of, moma, negative, positive, sample, tiny_shortcut
+from scene import WORD_TOKENS, close, masks_of, negative, positive, sample, tiny_shortcut
 
 import nodes
 
 SIZE = (16, 16)
 ONE_EVALUATION = {"size": SIZE, "steps": 2, "last_step": 1}
 LEFT, RIGHT = slice(0, 8), slice(8, 16)
-
-
-@pytest.fixture
-def full(model: Any, adapter: Any, subject: Any) -> Any:
-    return moma(model, adapter, subject, shortcut=tiny_shortcut())
 
 
 def area(conditioning: list, x: int) -> list:

@@ -14,24 +14,10 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfyui_moma.moma_modules.comfy_bridge import guard
 from comfyui_moma.moma_modules.comfy_bridge.patching import settings_of
 from compat_rows import message
-from scene import masks_of, moma, negative, positive, sample, tiny_shortcut
+from scene import masks_of, moma, negative, positive, run, tiny_shortcut
 
 OURS = "moma"
 KINDS = ("outer_sample", "sampler_sample", "predict_noise", "calc_cond_batch", "apply_model")
-
-
-def run(model: Any, subject: Any, **kwargs: Any) -> torch.Tensor:
-    return sample(model, positive(subject), negative(), **{"steps": 2, **kwargs})
-
-
-@pytest.fixture(scope="module")
-def full(model: Any, adapter: Any, subject: Any) -> Any:
-    return moma(model, adapter, subject, shortcut=tiny_shortcut())
-
-
-@pytest.fixture(scope="module")
-def expected(full: Any, subject: Any) -> torch.Tensor:
-    return run(full, subject)
 
 
 def passed_through(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -402,7 +388,10 @@ def test_a_run_without_any_mask_says_so(full: Any, subject: Any, caplog: pytest.
 
     def around(options: dict[str, Any]) -> dict[str, Any]:
         slot = options["transformer_options"]["patches_replace"]["attn2"][("input", 2)]
-        patch = lambda *args: slot(*args)  # noqa: E731
+
+        def patch(*args: Any) -> Any:
+            return slot(*args)
+
         return comfy.model_patcher.set_model_options_patch_replace(options.copy(), patch, "attn2", "input", 2)
 
     with caplog.at_level("WARNING"):

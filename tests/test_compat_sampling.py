@@ -19,11 +19,6 @@ import nodes
 SPLIT = {"steps": 4, "sampler": "euler", "scheduler": "normal"}
 
 
-@pytest.fixture
-def full(model: Any, adapter: Any, subject: Any) -> Any:
-    return moma(model, adapter, subject, shortcut=tiny_shortcut())
-
-
 def run(model: Any, subject: Any, **kwargs: Any) -> torch.Tensor:
     return sample(model, positive(subject), negative(), **{"steps": 3, **kwargs})
 

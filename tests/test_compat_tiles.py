@@ -44,11 +44,6 @@ def subject(adapter: Any, request: pytest.FixtureRequest) -> Any:
     return tiny_subject(adapter)
 
 
-@pytest.fixture
-def full(model: Any, adapter: Any, subject: Any) -> Any:
-    return moma(model, adapter, subject, shortcut=tiny_shortcut())
-
-
 def top_right(size: int) -> torch.Tensor:
     region = torch.zeros(1, size, size)
     region[:, : size // 2, size // 2 :] = 1.0
