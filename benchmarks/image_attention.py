@@ -37,7 +37,7 @@ def image_adapter_model(model: Any, layer_sizes: tuple[int, ...], context: int, 
         layer_sizes: Channels of the 32 attention layers.
         context: Size of a text token.
     """
-    from comfyui_moma.moma_modules.comfy_bridge.unet import BLOCKS
+    from comfyui_moma.moma_modules.sampling.unet import BLOCKS
 
     device = model.load_device
     clone = model.clone()

@@ -50,7 +50,7 @@ def result(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _patched_again(workload: Workload, scene: Scene) -> Any:
-    from comfyui_moma.moma_modules.comfy_bridge.patching import settings_of
+    from comfyui_moma.moma_modules.sampling.patching import settings_of
     from scene import moma
 
     model = moma_model(workload, scene).clone()

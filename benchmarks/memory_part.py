@@ -78,7 +78,7 @@ def result(measured: dict[str, dict[str, float]]) -> dict[str, Any]:
 def _graph(checkpoint: Path, case: str) -> Graph:
     """The nodes' own work on a full-size checkpoint with random weights."""
     import comfy.sd
-    from comfyui_moma.moma_modules.subject_tokens import PROMPT_TEMPLATE
+    from comfyui_moma.moma_modules.prompt.subject_tokens import PROMPT_TEMPLATE
     from comfyui_moma.nodes.conditioning import TextEncode
     from comfyui_moma.nodes.patches import ApplyAdapter, SelfAttnShortcut
 

@@ -20,7 +20,7 @@ from session import Session
 from workload import PICTURE, WORD
 
 if TYPE_CHECKING:
-    from comfyui_moma.moma_modules.mllm.model import Mllm
+    from comfyui_moma.moma_modules.mllm.loading import Mllm
     from random_weights import LlavaSize
 
 BASELINE = "fp32"
@@ -74,7 +74,7 @@ def result(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _times(folder: Path, size: "LlavaSize", precision: str, rounds: int) -> dict[str, Any]:
     from comfyui_moma.moma_modules.mllm.encode import subject_hidden_state
-    from comfyui_moma.moma_modules.mllm.model import load_mllm
+    from comfyui_moma.moma_modules.mllm.loading import load_mllm
 
     image = np.random.default_rng(0).integers(0, 256, (PICTURE, PICTURE, 3), dtype=np.uint8)
     mask = np.ones((PICTURE, PICTURE), dtype=bool)

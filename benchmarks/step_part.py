@@ -29,7 +29,7 @@ def measure(session: Session, case: str) -> dict[str, Any]:
         "shortcut": moma_model(workload, scene, apply=False),
         "both": moma_model(workload, scene),
         "ipadapter": image_adapter_model(
-            workload.model, workload.adapter.layer_sizes, workload.context_size, session.dtype
+            workload.model, workload.adapter.sizes.layers, workload.context_size, session.dtype
         ),
     }
     samples: dict[str, torch.Tensor] = {}

@@ -66,7 +66,7 @@ def load_workload(tiny: bool, dtype: torch.dtype) -> Workload:
 
 def random_adapter(unet: dict[str, Any]) -> Any:
     """An adapter for a UNet of these sizes, stored in fp16 as published."""
-    from comfyui_moma.moma_modules.adapter import load_adapter
+    from comfyui_moma.moma_modules.adapter.loading import load_adapter
 
     groups = adapter_groups(unet, embedding=EMBEDDING, hidden=HIDDEN)
     halves = {name: {key: value.half() for key, value in group.items()} for name, group in groups.items()}
@@ -78,7 +78,7 @@ def random_adapter(unet: dict[str, Any]) -> Any:
 
 def subjects(workload: Workload, scene: Scene) -> list[Any]:
     """The subjects of a scene, each in the middle of its reference pictures."""
-    from comfyui_moma.moma_modules.subject import Subject
+    from comfyui_moma.moma_modules.subject.subject import Subject
 
     mask = torch.zeros(PICTURE, PICTURE, dtype=torch.bool)
     half = round(PICTURE * scene.mask**0.5 / 2)
@@ -90,7 +90,7 @@ def subjects(workload: Workload, scene: Scene) -> list[Any]:
             (seeded(number, f"picture {i}", (PICTURE, PICTURE, 3)).clamp(-1, 1) * 127 + 128).to(torch.uint8)
             for i in range(scene.references)
         ]
-        embedding = seeded(number, "embedding", (1, workload.adapter.embedding_size))
+        embedding = seeded(number, "embedding", (1, workload.adapter.sizes.embedding))
         images, masks = torch.stack(pictures), torch.stack([mask] * scene.references)
         found.append(Subject(embedding, WORD, f"A {WORD}.", images, masks, workload.adapter.identity))
     return found
@@ -98,7 +98,7 @@ def subjects(workload: Workload, scene: Scene) -> list[Any]:
 
 def shortcut(workload: Workload, scene: Scene) -> Any:
     """A Shortcut over the latents of the scene's reference pictures."""
-    from comfyui_moma.moma_modules.comfy_bridge.settings import Shortcut
+    from comfyui_moma.moma_modules.sampling.settings import Shortcut
 
     shape = (scene.references, 4, workload.reference, workload.reference)
     return Shortcut(
@@ -121,7 +121,7 @@ def moma_model(workload: Workload, scene: Scene, apply: bool = True, with_shortc
 
 def prompts(workload: Workload, scene: Scene) -> tuple[list, list]:
     """A positive CONDITIONING that knows where each subject's tokens are, and a negative one that knows nothing."""
-    from comfyui_moma.moma_modules.comfy_bridge.conditioning import mark_tokens
+    from comfyui_moma.moma_modules.prompt.marks import mark_tokens
 
     shape = (1, TEXT_LENGTH, workload.context_size)
     places = {subject.key: (4 + 3 * number,) for number, subject in enumerate(subjects(workload, scene))}

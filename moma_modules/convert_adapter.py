@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .adapter_file import convert_adapter
+from .adapter.file import convert_adapter
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from .files import megabytes
+from .host.disk import megabytes
 from .mllm.convert import PRECISIONS, convert_mllm
 
 

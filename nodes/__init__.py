@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..moma_modules.comfy_bridge.folders import register_folders
+from ..moma_modules.host.folders import register_folders
 from .conditioning import MarkSubject, TextEncode
 from .convert import ConvertMllm
 from .loaders import LoadAdapter, LoadMllm

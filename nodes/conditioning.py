@@ -4,11 +4,11 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..moma_modules.choices import choose, fingerprint, has_choice
-from ..moma_modules.comfy_bridge.editor import run_id, show_text, warn
-from ..moma_modules.comfy_bridge.text import EncodedPrompt, encode_prompt, mark_subject
-from ..moma_modules.subject import Subject
-from ..moma_modules.subject_tokens import PROMPT_TEMPLATE
+from ..moma_modules.host.messages import run_id, show_text, warn
+from ..moma_modules.prompt.choices import choose, fingerprint, has_choice
+from ..moma_modules.prompt.subject_tokens import PROMPT_TEMPLATE
+from ..moma_modules.prompt.text import EncodedPrompt, encode_prompt, mark_subject
+from ..moma_modules.subject.subject import Subject
 from .types import CATEGORY, SEARCH_ALIASES, MomaSubject
 
 

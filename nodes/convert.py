@@ -2,11 +2,11 @@
 
 from comfy_api.latest import io, ui
 
-from ..moma_modules.comfy_bridge import folders
-from ..moma_modules.comfy_bridge.file_names import check_new_name
-from ..moma_modules.comfy_bridge.progress import FileProgress
-from ..moma_modules.files import megabytes
+from ..moma_modules.host.disk import check_new_name, megabytes
+from ..moma_modules.host.folders import MODELS, new_model_path
+from ..moma_modules.host.messages import FileProgress
 from ..moma_modules.mllm.convert import PRECISIONS, convert_mllm
+from ..moma_modules.mllm.loading import mllm_choices, mllm_path
 from .types import CATEGORY, SEARCH_ALIASES
 
 
@@ -25,7 +25,7 @@ class ConvertMllm(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=folders.mllm_choices(),
+                    options=mllm_choices(),
                     tooltip="The MLLM to convert, not one in 8 bit.",
                 ),
                 io.Combo.Input(
@@ -50,18 +50,18 @@ class ConvertMllm(io.ComfyNode):
     def validate_inputs(cls, model_name: str | None, filename: str | None) -> bool | str:
         try:
             if filename:
-                check_new_name("filename", filename, f"models/{folders.MODELS}")
+                check_new_name("filename", filename, f"models/{MODELS}")
             if model_name is not None:
-                folders.mllm_path(model_name)
+                mllm_path(model_name)
         except (FileNotFoundError, ValueError) as error:
             return str(error)
         return True
 
     @classmethod
     def execute(cls, model_name: str, precision: str, filename: str) -> io.NodeOutput:
-        source = folders.mllm_path(model_name)
+        source = mllm_path(model_name)
         name = source.name if source.is_dir() else source.stem
-        target = folders.new_model_path("filename", filename or f"{name}_{precision}")
+        target = new_model_path("filename", filename or f"{name}_{precision}")
         convert_mllm(source, target, precision, FileProgress())
         size = megabytes(target.stat().st_size)
         return io.NodeOutput(ui=ui.PreviewText(f"{target} ({size}). Press R, then choose it in Load MoMA MLLM."))

@@ -4,14 +4,12 @@ import os
 
 from comfy_api.latest import io, ui
 
-from ..moma_modules.adapter import load_adapter
-from ..moma_modules.comfy_bridge import folders
-from ..moma_modules.comfy_bridge.download import download_adapter, download_mllm
-from ..moma_modules.comfy_bridge.editor import show_text
-from ..moma_modules.mllm.checkpoint import checkpoint_files
-from ..moma_modules.mllm.model import load_mllm
+from ..moma_modules.adapter.loading import adapter_choices, adapter_path, download_adapter, load_adapter
+from ..moma_modules.download.release import ADAPTER_NAME, ADAPTER_SIZE, FOLDER, MLLM_SIZE, REPOSITORY
+from ..moma_modules.host.messages import show_text
+from ..moma_modules.mllm.checkpoint_files import checkpoint_files
+from ..moma_modules.mllm.loading import download_mllm, load_mllm, mllm_choices, mllm_path
 from ..moma_modules.mllm.precision import PRECISIONS
-from ..moma_modules.release import ADAPTER_NAME, ADAPTER_SIZE, FOLDER, MLLM_SIZE, REPOSITORY
 from .types import CATEGORY, SEARCH_ALIASES, MomaAdapter, MomaMllm
 
 
@@ -42,7 +40,7 @@ class LoadMllm(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=folders.mllm_choices(),
+                    options=mllm_choices(),
                     tooltip="A LLaVA checkpoint in models/moma: a folder such as MoMA_llava_7b, or a file from "
                     "Convert MoMA MLLM.",
                 ),
@@ -65,7 +63,7 @@ class LoadMllm(io.ComfyNode):
         if model_name is None or (download is not False and model_name == FOLDER):
             return True  # linked, or to be seen when it runs
         try:
-            folders.mllm_path(model_name)
+            mllm_path(model_name)
         except (FileNotFoundError, ValueError) as error:
             return str(error)
         return True
@@ -74,14 +72,14 @@ class LoadMllm(io.ComfyNode):
     def fingerprint_inputs(cls, model_name: str | None, precision: str | None, download: bool | None = False) -> str:
         if model_name is None:  # linked
             return ""
-        stats = [(path.name, path.stat()) for path in checkpoint_files(folders.mllm_path(model_name))]
+        stats = [(path.name, path.stat()) for path in checkpoint_files(mllm_path(model_name))]
         return repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
     @classmethod
     def execute(cls, model_name: str, precision: str, download: bool = False) -> io.NodeOutput:
         if download and model_name == FOLDER:
             download_mllm()
-        mllm = load_mllm(folders.mllm_path(model_name), precision)
+        mllm = load_mllm(mllm_path(model_name), precision)
         show_text(mllm.plan.summary)
         return io.NodeOutput(mllm, ui=ui.PreviewText(mllm.plan.summary))
 
@@ -101,7 +99,7 @@ class LoadAdapter(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "adapter_name",
-                    options=folders.adapter_choices(),
+                    options=adapter_choices(),
                     tooltip="A MoMA adapter in models/moma or a folder below it.",
                 ),
                 _download_input(f"the adapter ({ADAPTER_SIZE})"),
@@ -120,7 +118,7 @@ class LoadAdapter(io.ComfyNode):
         if adapter_name is None or (download is not False and adapter_name == ADAPTER_NAME):
             return True  # linked, or to be seen when it runs
         try:
-            folders.adapter_path(adapter_name)
+            adapter_path(adapter_name)
         except FileNotFoundError as error:
             return str(error)
         return True
@@ -129,11 +127,11 @@ class LoadAdapter(io.ComfyNode):
     def fingerprint_inputs(cls, adapter_name: str | None, download: bool | None = False) -> str:
         if adapter_name is None:  # linked
             return ""
-        status = os.stat(folders.adapter_path(adapter_name))
+        status = os.stat(adapter_path(adapter_name))
         return f"{status.st_size}-{status.st_mtime_ns}"
 
     @classmethod
     def execute(cls, adapter_name: str, download: bool = False) -> io.NodeOutput:
         if download and adapter_name == ADAPTER_NAME:
             download_adapter()
-        return io.NodeOutput(load_adapter(folders.adapter_path(adapter_name)))
+        return io.NodeOutput(load_adapter(adapter_path(adapter_name)))

@@ -6,11 +6,11 @@ import torch
 from comfy_api.latest import io, ui
 from torch.nn.functional import interpolate
 
-from ..moma_modules.comfy_bridge.patching import settings_of
-from ..moma_modules.comfy_bridge.run_log import CAPACITY, MOST_RUNS, FoundRun
-from ..moma_modules.comfy_bridge.settings import Settings
-from ..moma_modules.pictures import film_strip
-from ..moma_modules.subject import Subject
+from ..moma_modules.host.pictures import film_strip
+from ..moma_modules.sampling.patching import settings_of
+from ..moma_modules.sampling.settings import Settings
+from ..moma_modules.subject.run_log import CAPACITY, MOST_RUNS, FoundRun
+from ..moma_modules.subject.subject import Subject
 from .types import CATEGORY, SEARCH_ALIASES, MomaSubject
 
 PIXELS_PER_LATENT = 8

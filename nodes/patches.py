@@ -5,11 +5,13 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..moma_modules.adapter import Adapter
-from ..moma_modules.comfy_bridge.patching import patched, settings_of
-from ..moma_modules.comfy_bridge.settings import ImageTokens, Settings, Shortcut, Window
-from ..moma_modules.comfy_bridge.unet import check_model
-from ..moma_modules.subject import Subject
+from ..moma_modules.adapter.loading import Adapter
+from ..moma_modules.sampling.patching import settings_of
+from ..moma_modules.sampling.reference import encode_reference
+from ..moma_modules.sampling.settings import ImageTokens, Settings, Shortcut, Window
+from ..moma_modules.sampling.unet import check_model
+from ..moma_modules.sampling.wrappers import patched
+from ..moma_modules.subject.subject import Subject
 from .types import CATEGORY, SEARCH_ALIASES, MomaAdapter, MomaSubject
 
 
@@ -57,10 +59,10 @@ def _check(model: Any, adapter: Adapter, subject: Subject) -> Settings:
             f"subject was extracted with another adapter ({subject.adapter_identity[:12]}) than {adapter.name} "
             f"({adapter.identity[:12]}). Load that adapter, or extract the subject again with this one."
         )
-    if subject.embedding.shape[1] != adapter.embedding_size:
+    if subject.embedding.shape[1] != adapter.sizes.embedding:
         raise ValueError(
             f"subject has an embedding of size {subject.embedding.shape[1]}, adapter {adapter.name} takes "
-            f"{adapter.embedding_size}. Extract the subject again with this adapter."
+            f"{adapter.sizes.embedding}. Extract the subject again with this adapter."
         )
     return settings_of(model) or Settings()
 
@@ -183,7 +185,7 @@ class SelfAttnShortcut(io.ComfyNode):
         region_mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         settings = _check(model, adapter, subject)
-        encoded = adapter.encoded_references.encode(subject, vae, clip)
+        encoded = encode_reference(adapter, subject, vae, clip)
         part = Shortcut(
             latent=encoded.latent,
             text=encoded.text,

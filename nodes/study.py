@@ -7,8 +7,8 @@ from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import GraphBuilder, is_link
 from comfy_execution.utils import get_executing_context
 
-from ..moma_modules.pictures import contact_sheet, picture, rgb
-from ..moma_modules.study import Study, parse_study
+from ..moma_modules.host.pictures import contact_sheet, picture, rgb
+from ..moma_modules.sampling.study import Study, parse_study
 from .samplers import sampling_inputs
 from .types import CATEGORY, KEEPS_PREVIEW, SEARCH_ALIASES, MomaAdapter, MomaSubject
 

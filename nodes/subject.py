@@ -8,20 +8,20 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..moma_modules.adapter import Adapter
-from ..moma_modules.choices import choose, fingerprint, has_choice
-from ..moma_modules.comfy_bridge import folders
-from ..moma_modules.comfy_bridge.editor import run_id, show_text
-from ..moma_modules.comfy_bridge.saving import check_prefix, save_numbered
-from ..moma_modules.comfy_bridge.text import check_characters, plain_text
+from ..moma_modules.adapter.loading import Adapter
+from ..moma_modules.host.folders import user_folder
+from ..moma_modules.host.messages import run_id, show_text
+from ..moma_modules.host.pictures import coverage, what_was_seen
 from ..moma_modules.mllm.encode import subject_hidden_state
-from ..moma_modules.mllm.hidden_state_cache import HiddenStateCache
-from ..moma_modules.mllm.model import Mllm
-from ..moma_modules.pictures import coverage, what_was_seen
-from ..moma_modules.reference_image import FITS, prepare_references
-from ..moma_modules.reference_mask import DEFAULT_THRESHOLD
-from ..moma_modules.subject import Subject, combine_subjects, load_subject
-from ..moma_modules.token_text import visible
+from ..moma_modules.mllm.hidden_state_cache import HIDDEN_STATES, HiddenStateCache
+from ..moma_modules.mllm.loading import Mllm
+from ..moma_modules.prompt.choices import choose, fingerprint, has_choice
+from ..moma_modules.prompt.clip_tokens import visible
+from ..moma_modules.prompt.text import check_characters, plain_text
+from ..moma_modules.subject.file import check_prefix, load_subject, save_numbered, subject_names, subject_path
+from ..moma_modules.subject.reference_image import FITS, prepare_references
+from ..moma_modules.subject.reference_mask import DEFAULT_THRESHOLD
+from ..moma_modules.subject.subject import Subject, combine_subjects
 from .types import CATEGORY, KEEPS_PREVIEW, SEARCH_ALIASES, MomaAdapter, MomaMllm, MomaSubject
 
 
@@ -129,16 +129,16 @@ class ExtractSubject(io.ComfyNode):
         word = normalize("NFC", " ".join(subject.split()))  # accents in one way, so that equal words are equal
         if not visible(plain_text(word)).strip():
             raise ValueError("subject is empty: give the word for what is in the picture, as in 'car'.")
-        if mllm.hidden_size != adapter.hidden_size:
+        if mllm.hidden_size != adapter.sizes.hidden:
             raise ValueError(
-                f"adapter {adapter.name} takes hidden states of size {adapter.hidden_size}, but mllm {mllm.name} has "
+                f"adapter {adapter.name} takes hidden states of size {adapter.sizes.hidden}, but mllm {mllm.name} has "
                 f"{mllm.hidden_size}: they do not belong together. Use both files of the MoMA release."
             )
         references = prepare_references(image, mask, fit, mask_threshold)
         text = "\n".join([coverage(references.masks), *references.notes])
         show_text(text)  # before the language model runs: there may be a reason to stop
         spoken = plain_text(word), plain_text(prompt)  # emphasis is for CLIP; the MLLM reads words
-        hidden_state = HiddenStateCache(folders.hidden_states()).hidden_state if cache else subject_hidden_state
+        hidden_state = HiddenStateCache(user_folder(HIDDEN_STATES)).hidden_state if cache else subject_hidden_state
         hidden = [
             hidden_state(mllm, one, inside, *spoken)
             for one, inside in zip(references.images.numpy(), references.masks.numpy(), strict=True)
@@ -228,7 +228,7 @@ class LoadSubject(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "subject_name",
-                    options=folders.subject_names(),
+                    options=subject_names(),
                     tooltip="A file in output/moma_subjects or models/moma_subjects.",
                 )
             ],
@@ -248,7 +248,7 @@ class LoadSubject(io.ComfyNode):
         if subject_name is None:  # linked, to be seen when it runs
             return True
         try:
-            folders.subject_path(subject_name)
+            subject_path(subject_name)
         except FileNotFoundError as error:
             return str(error)
         return True
@@ -257,10 +257,10 @@ class LoadSubject(io.ComfyNode):
     def fingerprint_inputs(cls, subject_name: str | None) -> str:
         if subject_name is None:  # linked
             return ""
-        status = os.stat(folders.subject_path(subject_name))
+        status = os.stat(subject_path(subject_name))
         return f"{status.st_size}-{status.st_mtime_ns}"
 
     @classmethod
     def execute(cls, subject_name: str) -> io.NodeOutput:
-        subject = load_subject(folders.subject_path(subject_name))
+        subject = load_subject(subject_path(subject_name))
         return io.NodeOutput(subject, subject.word, subject.prompt)

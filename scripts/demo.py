@@ -78,7 +78,7 @@ def reference(options: argparse.Namespace) -> Any:
 
 def own_weights(comfyui: Path, checkpoint: str | None) -> Weights | list[str]:
     """The weights in a ComfyUI's models folder, or what is missing there."""
-    from comfyui_moma.moma_modules.mllm.checkpoint import find_checkpoints
+    from comfyui_moma.moma_modules.mllm.checkpoint_files import find_checkpoints
 
     models = comfyui / "models"
     checkpoints = sorted((models / "checkpoints").rglob("*.safetensors"))

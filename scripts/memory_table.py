@@ -20,11 +20,12 @@ import comfy.model_management
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfyui_moma.moma_modules.mllm.architecture import MllmModule
-from comfyui_moma.moma_modules.mllm.checkpoint import Checkpoint, LanguageShape, VisionShape
+from comfyui_moma.moma_modules.mllm.checkpoint import Checkpoint
 from comfyui_moma.moma_modules.mllm.encode import forward
-from comfyui_moma.moma_modules.mllm.model import load_checkpoint
+from comfyui_moma.moma_modules.mllm.loading import load_checkpoint
+from comfyui_moma.moma_modules.mllm.module import MllmModule
 from comfyui_moma.moma_modules.mllm.precision import Plan
+from comfyui_moma.moma_modules.mllm.weights import LanguageShape, VisionShape
 from fake_device import CARD, Usage, fake_card, managed, unet_without_content
 from sentencepiece import SentencePieceProcessor
 

@@ -177,7 +177,8 @@ PARTS = {
 def save_cup(folder: Path) -> None:
     """A saved subject, for the loader to show."""
     import torch
-    from comfyui_moma.moma_modules.subject import Subject, save_subject
+    from comfyui_moma.moma_modules.subject.file import save_subject
+    from comfyui_moma.moma_modules.subject.subject import Subject
 
     photo = Image.open(PHOTO).resize((512, 512))
     pixels = torch.from_numpy(np.array(photo.convert("RGB")))

@@ -52,12 +52,12 @@ def run_case(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, torch.T
     import comfy.samplers
     import comfy.utils
     from comfy.patcher_extension import WrappersMP
-    from comfyui_moma.moma_modules.adapter import load_adapter
-    from comfyui_moma.moma_modules.comfy_bridge.conditioning import mark_tokens
-    from comfyui_moma.moma_modules.comfy_bridge.patching import patched
-    from comfyui_moma.moma_modules.comfy_bridge.settings import ImageTokens, Settings, Shortcut
-    from comfyui_moma.moma_modules.comfy_bridge.unet import check_model
-    from comfyui_moma.moma_modules.subject import Subject
+    from comfyui_moma.moma_modules.adapter.loading import load_adapter
+    from comfyui_moma.moma_modules.prompt.marks import mark_tokens
+    from comfyui_moma.moma_modules.sampling.settings import ImageTokens, Settings, Shortcut
+    from comfyui_moma.moma_modules.sampling.unet import check_model
+    from comfyui_moma.moma_modules.sampling.wrappers import patched
+    from comfyui_moma.moma_modules.subject.subject import Subject
 
     case = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     inputs = load_file(folder / f"{name}.inputs.safetensors")

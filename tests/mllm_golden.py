@@ -28,12 +28,10 @@ def compare(folder: Path) -> dict[str, Any]:
     """The errors over all cases of a folder."""
     bootstrap()
     import comfy.ops
-    from comfyui_moma.moma_modules.adapter import Mapping
-    from comfyui_moma.moma_modules.mllm.encode import subject_hidden_state
-    from comfyui_moma.moma_modules.mllm.image import pixel_values
-    from comfyui_moma.moma_modules.mllm.model import load_mllm
-    from comfyui_moma.moma_modules.mllm.prompt import prompt_ids
-    from comfyui_moma.moma_modules.reference_image import prepare_references
+    from comfyui_moma.moma_modules.adapter.networks import Mapping
+    from comfyui_moma.moma_modules.mllm.encode import pixel_values, prompt_ids, subject_hidden_state
+    from comfyui_moma.moma_modules.mllm.loading import load_mllm
+    from comfyui_moma.moma_modules.subject.reference_image import prepare_references
 
     description = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
     expected = load_file(folder / "expected.safetensors")

@@ -15,7 +15,7 @@ WORD_TOKENS = (4, 5)
 
 def tiny_adapter(**changes: Any) -> Any:
     """An Adapter for `tiny_model()`, through a real .th file."""
-    from comfyui_moma.moma_modules.adapter import load_adapter
+    from comfyui_moma.moma_modules.adapter.loading import load_adapter
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "attn_adapters_projectors.th"
@@ -25,18 +25,18 @@ def tiny_adapter(**changes: Any) -> Any:
 
 def tiny_subject(adapter: Any, word: str = "car", seed: int = 5, size: int = 64) -> Any:
     """A subject whose mask is the left half of the reference; one that can be saved has size 512."""
-    from comfyui_moma.moma_modules.subject import Subject
+    from comfyui_moma.moma_modules.subject.subject import Subject
 
     masks = torch.zeros(1, size, size, dtype=torch.bool)
     masks[..., : size // 2] = True
     images = (seeded(seed, "image", (1, size, size, 3)).clamp(-1, 1) * 127 + 128).to(torch.uint8)
-    embedding = seeded(seed, "embedding", (1, adapter.embedding_size))
+    embedding = seeded(seed, "embedding", (1, adapter.sizes.embedding))
     return Subject(embedding, word, f"A {word} on a table.", images, masks, adapter.identity)
 
 
 def tiny_shortcut(strength: float = 1.0, **window: Any) -> Any:
     """A Shortcut over an 8x8 reference latent."""
-    from comfyui_moma.moma_modules.comfy_bridge.settings import Shortcut, Window
+    from comfyui_moma.moma_modules.sampling.settings import Shortcut, Window
 
     return Shortcut(
         latent=seeded(6, "latent", (1, 4, 8, 8)),
@@ -49,8 +49,9 @@ def tiny_shortcut(strength: float = 1.0, **window: Any) -> Any:
 
 def moma(model: Any, adapter: Any, subject: Any, weight: float | None = 1.0, shortcut: Any = None) -> Any:
     """`model` with MoMA on it; `weight` None leaves the image tokens out."""
-    from comfyui_moma.moma_modules.comfy_bridge.patching import patched, settings_of
-    from comfyui_moma.moma_modules.comfy_bridge.settings import ImageTokens, Settings
+    from comfyui_moma.moma_modules.sampling.patching import settings_of
+    from comfyui_moma.moma_modules.sampling.settings import ImageTokens, Settings
+    from comfyui_moma.moma_modules.sampling.wrappers import patched
 
     parts = {} if weight is None else {"image_tokens": ImageTokens(weight)}
     if shortcut is not None:
@@ -72,7 +73,7 @@ def positive(
     subject: Any | None = None, length: int = 77, seed: int = 7, tokens: tuple[int, ...] = WORD_TOKENS
 ) -> list:
     """A CONDITIONING; with a subject it knows where the subject's tokens are."""
-    from comfyui_moma.moma_modules.comfy_bridge.conditioning import mark_tokens
+    from comfyui_moma.moma_modules.prompt.marks import mark_tokens
 
     conditioning = [[seeded(seed, "positive", (1, length, CONTEXT)), {}]]
     return conditioning if subject is None else mark_tokens(conditioning, {subject.key: tokens})
@@ -129,7 +130,7 @@ def run(model: Any, subject: Any, **kwargs: Any) -> torch.Tensor:
 
 def masks_of(model: Any, samples: torch.Tensor) -> dict[str, torch.Tensor]:
     """The subject masks of the run that gave `samples`."""
-    from comfyui_moma.moma_modules.comfy_bridge.patching import settings_of
+    from comfyui_moma.moma_modules.sampling.patching import settings_of
 
     (found, *_) = [entry.subject.runs.find(samples) for entry in settings_of(model).subjects]
     assert found is not None

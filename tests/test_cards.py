@@ -15,11 +15,13 @@ import torchgen
 import yaml
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy_execution.utils import CurrentNodeContext
-from comfyui_moma.moma_modules.adapter import load_adapter
-from comfyui_moma.moma_modules.comfy_bridge.conditioning import mark_tokens
-from comfyui_moma.moma_modules.comfy_bridge.patching import patched, settings_of
-from comfyui_moma.moma_modules.reference_image import prepare_references
-from comfyui_moma.moma_modules.subject import combine_subjects
+from comfyui_moma.moma_modules.adapter.loading import load_adapter
+from comfyui_moma.moma_modules.prompt.marks import mark_tokens
+from comfyui_moma.moma_modules.sampling.caches import caches_of
+from comfyui_moma.moma_modules.sampling.patching import settings_of
+from comfyui_moma.moma_modules.sampling.wrappers import patched
+from comfyui_moma.moma_modules.subject.reference_image import prepare_references
+from comfyui_moma.moma_modules.subject.subject import combine_subjects
 from comfyui_moma.nodes.conditioning import TextEncode
 from comfyui_moma.nodes.mask import SubjectMask
 from comfyui_moma.nodes.patches import ApplyAdapter, SelfAttnShortcut
@@ -149,7 +151,7 @@ def on(model: Any, adapter: Any, device: torch.device, adapter_device: torch.dev
         for used in {loaded.device for loaded in comfy.model_management.current_loaded_models}:
             comfy.model_management.free_memory(1e30, used)
         adapter.patcher.load_device = before
-        adapter.reference_cache.kept.clear()
+        caches_of(adapter).references.clear()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ PLACES = ((("input", 1), None), (("input", 1), 0))
 
 def halved(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra_options: dict[str, Any]) -> torch.Tensor:
     """Somebody else's attention replacement."""
-    from comfyui_moma.moma_modules.comfy_bridge.attention import plain_attention
+    from comfyui_moma.moma_modules.sampling.attention import plain_attention
 
     return 0.5 * plain_attention(q, k, v, extra_options)
 

@@ -10,10 +10,10 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_tomesd import TomePatchModel
-from comfyui_moma.moma_modules.comfy_bridge import run as run_module
-from comfyui_moma.moma_modules.comfy_bridge.forward import Forward
-from comfyui_moma.moma_modules.comfy_bridge.neighbours import neighbours
-from comfyui_moma.moma_modules.comfy_bridge.unet import BLOCKS
+from comfyui_moma.moma_modules.sampling import run as run_module
+from comfyui_moma.moma_modules.sampling.forward import Forward
+from comfyui_moma.moma_modules.sampling.other_nodes import others_on_model
+from comfyui_moma.moma_modules.sampling.unet import BLOCKS
 from compat_rows import message
 from scene import close, masks_of, moma, negative, positive, sample, tiny_shortcut
 from tiny_models import seeded
@@ -66,7 +66,7 @@ def test_who_shares_a_slot_is_among_the_others(
     full.set_model_sampler_post_cfg_function(stock)
     full.set_model_sampler_post_cfg_function(HyperTile.execute)
     name = "TakesTheSlot" if before else "Adds"
-    assert neighbours(full, full.model_options) == f" Others on this model: {name}."
+    assert others_on_model(full, full.model_options) == f" Others on this model: {name}."
 
 
 def ipadapter(model: Any, weight: float = 0.7) -> Any:
@@ -220,7 +220,7 @@ class _Waits(TorchFunctionMode):
 
 def computing_all(**settings: Any) -> Forward:
     """A Forward that leaves no queries out, as on a GPU."""
-    return Forward(**{**settings, "selecting": False})
+    return Forward(**{**settings, "sparse_shortcut": False})
 
 
 def test_no_step_waits_for_the_device(model: Any, adapter: Any, subject: Any, monkeypatch: pytest.MonkeyPatch) -> None:

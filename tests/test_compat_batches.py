@@ -8,8 +8,9 @@ import pytest
 import torch
 from comfy.patcher_extension import PatcherInjection, WrappersMP
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
-from comfyui_moma.moma_modules.comfy_bridge.patching import patched, settings_of
-from comfyui_moma.moma_modules.comfy_bridge.settings import ImageTokens, Window
+from comfyui_moma.moma_modules.sampling.patching import settings_of
+from comfyui_moma.moma_modules.sampling.settings import ImageTokens, Window
+from comfyui_moma.moma_modules.sampling.wrappers import patched
 from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut
 from tiny_models import seeded
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embed, timestep_embedding
 from comfy.patcher_extension import WrappersMP
-from comfyui_moma.moma_modules.comfy_bridge.unet import BLOCKS
+from comfyui_moma.moma_modules.sampling.unet import BLOCKS
 from compat_rows import message
 from scene import close, masks_of, moma, run
 from tiny_models import seeded

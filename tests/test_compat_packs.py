@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from comfyui_moma.moma_modules.comfy_bridge.conditioning import TOKENS_KEY, mark_tokens
-from comfyui_moma.moma_modules.comfy_bridge.text import mark_subject
+from comfyui_moma.moma_modules.prompt.marks import TOKENS_KEY, mark_tokens
+from comfyui_moma.moma_modules.prompt.text import mark_subject
 from compat_rows import message
 from peers import apart, peer_module, peer_pack
 from scene import (

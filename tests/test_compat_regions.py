@@ -3,8 +3,9 @@
 from typing import Any
 
 import torch
-from comfyui_moma.moma_modules.comfy_bridge.patching import patched, settings_of
-from comfyui_moma.moma_modules.comfy_bridge.settings import ImageTokens, Window
+from comfyui_moma.moma_modules.sampling.patching import settings_of
+from comfyui_moma.moma_modules.sampling.settings import ImageTokens, Window
+from comfyui_moma.moma_modules.sampling.wrappers import patched
 from scene import WORD_TOKENS, close, masks_of, negative, positive, sample, tiny_shortcut
 
 import nodes

@@ -11,8 +11,8 @@ import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
-from comfyui_moma.moma_modules.comfy_bridge import guard
-from comfyui_moma.moma_modules.comfy_bridge.patching import settings_of
+from comfyui_moma.moma_modules.sampling import guard
+from comfyui_moma.moma_modules.sampling.patching import settings_of
 from compat_rows import message
 from scene import masks_of, moma, negative, positive, run, tiny_shortcut
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from comfyui_moma.moma_modules.comfy_bridge.conditioning import TOKENS_KEY, mark_tokens
-from comfyui_moma.moma_modules.comfy_bridge.patching import patched, settings_of
-from comfyui_moma.moma_modules.comfy_bridge.settings import ImageTokens, Window
-from comfyui_moma.moma_modules.subject_tokens import PROMPT_TEMPLATE
+from comfyui_moma.moma_modules.prompt.marks import TOKENS_KEY, mark_tokens
+from comfyui_moma.moma_modules.prompt.subject_tokens import PROMPT_TEMPLATE
+from comfyui_moma.moma_modules.sampling.patching import settings_of
+from comfyui_moma.moma_modules.sampling.settings import ImageTokens, Window
+from comfyui_moma.moma_modules.sampling.wrappers import patched
 from comfyui_moma.nodes.conditioning import MarkSubject, TextEncode
 from comfyui_moma.nodes.patches import ApplyAdapter
 from compat_rows import message

@@ -18,8 +18,9 @@ import torch
 from comfy.sd import VAE
 from comfy_execution.utils import CurrentNodeContext
 from comfy_extras.nodes_mask import LatentCompositeMasked
-from comfyui_moma.moma_modules.comfy_bridge.patching import patched, settings_of
-from comfyui_moma.moma_modules.comfy_bridge.settings import ImageTokens, Window
+from comfyui_moma.moma_modules.sampling.patching import settings_of
+from comfyui_moma.moma_modules.sampling.settings import ImageTokens, Window
+from comfyui_moma.moma_modules.sampling.wrappers import patched
 from compat_rows import message
 from peers import peer_folder, peer_pack
 from scene import moma, negative, positive, tiny_shortcut, tiny_subject
@@ -169,7 +170,7 @@ def test_tiled_ksampler(
 ) -> None:
     """It tells nothing but the areas of prompts: without one the subject is in no tile, and one warning says so."""
     node = (("prompt", strategy, 0), "BNK_TiledKSampler")
-    monkeypatch.setattr("comfyui_moma.moma_modules.comfy_bridge.placing.executing_node", lambda: node)
+    monkeypatch.setattr("comfyui_moma.moma_modules.sampling.placing.executing_node", lambda: node)
     plain = tiled_sample(tiled, model, positive(subject), strategy)
     with caplog.at_level(logging.WARNING, "comfyui_moma"):
         assert torch.equal(tiled_sample(tiled, full, positive(subject), strategy), plain)
@@ -185,7 +186,7 @@ def test_tiled_ksampler_crops_the_area_of_a_prompt(
 ) -> None:
     """The subject is in the tile of its area and exactly nowhere else."""
     node = (("prompt", "area", 0), "BNK_TiledKSampler")
-    monkeypatch.setattr("comfyui_moma.moma_modules.comfy_bridge.placing.executing_node", lambda: node)
+    monkeypatch.setattr("comfyui_moma.moma_modules.sampling.placing.executing_node", lambda: node)
 
     def run(candidate: Any) -> torch.Tensor:
         inside = nodes.ConditioningSetArea().append(positive(subject), TILE, TILE, TILE, 0, 1.0)[0]

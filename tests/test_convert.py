@@ -18,11 +18,13 @@ import folder_paths
 import pytest
 import torch
 from bootstrap import ROOT
-from comfyui_moma.moma_modules.comfy_bridge import folders
-from comfyui_moma.moma_modules.mllm.checkpoint import find_checkpoints, read_checkpoint
+from comfyui_moma.moma_modules.adapter.loading import adapter_names
+from comfyui_moma.moma_modules.host.folders import MODELS
+from comfyui_moma.moma_modules.host.weight_files import Reader, read_mapped
+from comfyui_moma.moma_modules.mllm.checkpoint import read_checkpoint
+from comfyui_moma.moma_modules.mllm.checkpoint_files import find_checkpoints
 from comfyui_moma.moma_modules.mllm.convert import PRECISIONS, convert_mllm
-from comfyui_moma.moma_modules.mllm.model import load_mllm, read_as_comfyui
-from comfyui_moma.moma_modules.mllm.weight_files import Reader, read_mapped
+from comfyui_moma.moma_modules.mllm.loading import load_mllm, mllm_choices, read_as_comfyui
 from comfyui_moma.nodes.convert import ConvertMllm
 from comfyui_moma.nodes.loaders import LoadMllm
 from random_weights import llava_folder
@@ -296,8 +298,8 @@ def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """One folder of models with a small MLLM in it."""
     root = tmp_path / "moma"
     llava_folder(root / "MoMA_llava_7b")
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, folders.MODELS, ([str(root)], {".th", ".safetensors"}))
-    folder_paths.filename_list_cache.pop(folders.MODELS, None)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, MODELS, ([str(root)], {".th", ".safetensors"}))
+    folder_paths.filename_list_cache.pop(MODELS, None)
     yield root
 
 
@@ -305,9 +307,9 @@ def test_the_node_writes_a_file_that_the_loader_finds(roots: Path) -> None:
     shown = ConvertMllm.execute("MoMA_llava_7b", "fp8", "").ui.as_dict()["text"][0]
     assert str(roots / "MoMA_llava_7b_fp8.safetensors") in shown and "MB" in shown
     assert LoadMllm.validate_inputs("MoMA_llava_7b_fp8.safetensors") is True
-    assert not any("fp8" in name for name in folders.adapter_names())
+    assert not any("fp8" in name for name in adapter_names())
     ConvertMllm.execute("MoMA_llava_7b", "keep", "sub\\one")
-    assert "sub/one.safetensors" in folders.mllm_choices()
+    assert "sub/one.safetensors" in mllm_choices()
     assert read_checkpoint(roots / "sub" / "one.safetensors").name == "one.safetensors"
 
 

@@ -17,10 +17,10 @@ import folder_paths
 import pytest
 import torch
 from bootstrap import ROOT
-from comfyui_moma.moma_modules.comfy_bridge import folders
-from comfyui_moma.moma_modules.comfy_bridge.download import download_mllm
 from comfyui_moma.moma_modules.download.client import WORKER, fetch, start_options
-from comfyui_moma.moma_modules.release import ADAPTER_FILE, ADAPTER_NAME, FOLDER, MLLM_FILES, REPOSITORY
+from comfyui_moma.moma_modules.download.release import ADAPTER_FILE, ADAPTER_NAME, FOLDER, MLLM_FILES, REPOSITORY
+from comfyui_moma.moma_modules.host.folders import MODELS
+from comfyui_moma.moma_modules.mllm.loading import download_mllm
 from comfyui_moma.nodes.loaders import LoadAdapter, LoadMllm
 from hub_server import COMMIT, HubFile, HubServer
 from random_weights import adapter_file, llava_folder
@@ -296,8 +296,8 @@ def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """One empty folder of models."""
     root = tmp_path / "moma"
     root.mkdir()
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, folders.MODELS, ([str(root)], {".th", ".safetensors"}))
-    folder_paths.filename_list_cache.pop(folders.MODELS, None)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, MODELS, ([str(root)], {".th", ".safetensors"}))
+    folder_paths.filename_list_cache.pop(MODELS, None)
     return root
 
 
@@ -315,7 +315,7 @@ def test_a_new_user_can_choose_the_release_and_have_it_fetched(hub: HubServer, r
     assert hub.requests == []
     (mllm,) = LoadMllm.execute(FOLDER, "fp32", True).args
     (adapter,) = LoadAdapter.execute(ADAPTER_NAME, True).args
-    assert mllm.hidden_size == adapter.hidden_size == 128
+    assert mllm.hidden_size == adapter.sizes.hidden == 128
     assert LoadMllm.validate_inputs(FOLDER, False) is True and LoadAdapter.validate_inputs(ADAPTER_NAME, False) is True
     asked = len(hub.requests)
     LoadMllm.execute(FOLDER, "fp32", True)

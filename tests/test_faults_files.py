@@ -17,11 +17,17 @@ from typing import Any
 import folder_paths
 import pytest
 import torch
-from comfyui_moma.moma_modules.adapter import load_adapter
-from comfyui_moma.moma_modules.adapter_file import convert_adapter, read_adapter
-from comfyui_moma.moma_modules.comfy_bridge import folders
-from comfyui_moma.moma_modules.comfy_bridge.saving import check_prefix, save_numbered
-from comfyui_moma.moma_modules.subject import FORMAT, load_subject, save_subject
+from comfyui_moma.moma_modules.adapter.file import convert_adapter, read_adapter
+from comfyui_moma.moma_modules.adapter.loading import adapter_names, load_adapter
+from comfyui_moma.moma_modules.host.folders import MODELS, SUBJECTS
+from comfyui_moma.moma_modules.subject.file import (
+    FORMAT,
+    check_prefix,
+    load_subject,
+    save_numbered,
+    save_subject,
+    subject_names,
+)
 from comfyui_moma.nodes.loaders import LoadAdapter, LoadMllm
 from comfyui_moma.nodes.patches import ApplyAdapter
 from comfyui_moma.nodes.subject import LoadSubject, SaveSubject
@@ -243,7 +249,7 @@ def test_a_broken_safetensors_file_is_refused_by_name(tmp_path: Path, kind: str)
 def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """ComfyUI's folders for adapters and subjects in an empty place; with a secret beside them."""
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
-    for key, folder in ((folders.MODELS, "models/moma"), (folders.SUBJECTS, "output/moma_subjects")):
+    for key, folder in ((MODELS, "models/moma"), (SUBJECTS, "output/moma_subjects")):
         (tmp_path / folder).mkdir(parents=True)
         known = folder_paths.folder_names_and_paths[key]
         monkeypatch.setitem(folder_paths.folder_names_and_paths, key, ([str(tmp_path / folder)], known[1]))
@@ -261,9 +267,9 @@ def test_one_bad_file_does_not_hide_the_others(roots: Path) -> None:
     header_only(models / "big.safetensors", {"projectors.proj.weight": entry("U8", [size], 0, size)})
     os.truncate(models / "big.safetensors", (models / "big.safetensors").stat().st_size + size)
     with little_is_read():
-        assert folders.adapter_names() == ["big.safetensors", "cut.th", "good.safetensors"]
+        assert adapter_names() == ["big.safetensors", "cut.th", "good.safetensors"]
     offered = LoadAdapter.GET_SCHEMA().inputs[0].options
-    assert set(offered) == {*folders.adapter_names(), "MoMA_llava_7b/attn_adapters_projectors.th"}
+    assert set(offered) == {*adapter_names(), "MoMA_llava_7b/attn_adapters_projectors.th"}
     with pytest.raises(ValueError, match=r"cut\.th"):
         LoadAdapter.execute("cut.th")
 
@@ -364,7 +370,7 @@ def test_any_other_prefix_is_a_file_that_can_be_loaded(roots: Path, subject: Any
     (saved,) = SaveSubject.execute(subject, prefix).ui["moma_subjects"]
     path = roots / "output" / saved["subfolder"] / saved["filename"]
     assert path == roots / "output" / "moma_subjects" / file
-    assert folders.subject_names() == [file]
+    assert subject_names() == [file]
     assert LoadSubject.execute(file).args[0].key == subject.key
 
 
@@ -455,7 +461,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, subject: Any) -> None:
 def test_a_number_left_by_a_killed_process_is_passed_over(roots: Path, subject: Any) -> None:
     (roots / "output" / "moma_subjects" / "cup_00001_.safetensors.part").touch()
     assert save_numbered(subject, "cup").name == "cup_00002_.safetensors"
-    assert folders.subject_names() == ["cup_00002_.safetensors"]
+    assert subject_names() == ["cup_00002_.safetensors"]
 
 
 def subject_file(path: Path, metadata: dict[str, str] | None = None, **tensors: torch.Tensor) -> None:

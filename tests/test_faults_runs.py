@@ -18,10 +18,11 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from comfyui_moma.moma_modules.comfy_bridge.patching import settings_of
-from comfyui_moma.moma_modules.comfy_bridge.run_log import MOST_RUNS, FinishedRun
 from comfyui_moma.moma_modules.mllm.encode import subject_hidden_state
-from comfyui_moma.moma_modules.mllm.model import load_mllm
+from comfyui_moma.moma_modules.mllm.loading import load_mllm
+from comfyui_moma.moma_modules.sampling.caches import caches_of
+from comfyui_moma.moma_modules.sampling.patching import settings_of
+from comfyui_moma.moma_modules.subject.run_log import MOST_RUNS, FinishedRun
 from scene import masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
 from tiny_models import tiny_model
 from torch.nn.modules.module import register_module_forward_hook
@@ -101,7 +102,7 @@ def belongings(patcher: Any) -> dict[str, Any]:
 def test_a_run_that_fails_leaves_nothing(model: Any, expected: torch.Tensor, place: str, failure: str) -> None:
     patched, subject = full(model, tiny_adapter())
     run(patched, subject, steps=1, seed=99)
-    settings_of(patched).subjects[0].adapter.reference_cache.kept.clear()
+    caches_of(settings_of(patched).subjects[0].adapter).references.clear()
     before = belongings(patched)
     raised = type(FAILURES[failure]())
     with failing(model, FORWARDS[place], FAILURES[failure]):
@@ -274,4 +275,4 @@ def test_a_model_that_is_let_go_is_freed() -> None:
     assert [reference() for reference in gone] == [None] * 3
     # What was kept for it goes with the next reference pass.
     run(*full(tiny_model(), adapter))
-    assert len(adapter.reference_cache.kept) == 1
+    assert len(caches_of(adapter).references) == 1

@@ -11,7 +11,7 @@ import pytest
 import torch
 from bootstrap import comfyui_path
 from comfy_server import ComfyServer, ExecutionFailedError, Prompt, PromptRefusedError
-from comfyui_moma.moma_modules.subject import save_subject
+from comfyui_moma.moma_modules.subject.file import save_subject
 from safetensors.torch import save_file
 from scene import tiny_adapter, tiny_subject
 from tiny_models import adapter_groups

@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import torch
 from bootstrap import ROOT
-from comfyui_moma.moma_modules.adapter import load_adapter
-from comfyui_moma.moma_modules.adapter_file import convert_adapter, read_adapter
-from comfyui_moma.moma_modules.file_kinds import ADAPTER, kind_of
-from comfyui_moma.moma_modules.files import locked
-from comfyui_moma.moma_modules.mllm.weight_files import readable
-from comfyui_moma.moma_modules.subject import load_subject, save_subject
+from comfyui_moma.moma_modules.adapter.file import convert_adapter, read_adapter
+from comfyui_moma.moma_modules.adapter.loading import load_adapter
+from comfyui_moma.moma_modules.host.disk import locked
+from comfyui_moma.moma_modules.host.weight_files import ADAPTER, kind_of, readable
+from comfyui_moma.moma_modules.subject.file import load_subject, save_subject
 from comfyui_moma.nodes.subject import SaveSubject
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -81,8 +80,8 @@ def test_the_converter_refuses_another_suffix(adapter_path: Path) -> None:
 
 def test_sizes_come_from_the_file(adapter_path: Path) -> None:
     adapter = load_adapter(adapter_path)
-    assert (adapter.embedding_size, adapter.hidden_size, adapter.context_size) == (8, 16, 64)
-    assert adapter.layer_sizes[:2] == (32, 32) and len(adapter.layer_sizes) == 32 and len(adapter.scales) == 16
+    assert (adapter.sizes.embedding, adapter.sizes.hidden, adapter.sizes.context) == (8, 16, 64)
+    assert adapter.sizes.layers[:2] == (32, 32) and len(adapter.sizes.layers) == 32 and len(adapter.scales) == 16
     for dtype in (torch.float32, torch.bfloat16):  # computed in the dtype of the input, whatever is stored
         assert adapter.module.projector(torch.zeros(2, 8, dtype=dtype)).dtype == dtype
     assert adapter.map_hidden_state(torch.ones(1, 16)).shape == (1, 8)

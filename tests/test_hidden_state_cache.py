@@ -8,10 +8,10 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
-from comfyui_moma.moma_modules.comfy_bridge import folders
+from comfyui_moma.moma_modules.host.folders import user_folder
 from comfyui_moma.moma_modules.mllm import hidden_state_cache
-from comfyui_moma.moma_modules.mllm.hidden_state_cache import HiddenStateCache
-from comfyui_moma.moma_modules.mllm.model import Mllm, load_mllm
+from comfyui_moma.moma_modules.mllm.hidden_state_cache import HIDDEN_STATES, HiddenStateCache
+from comfyui_moma.moma_modules.mllm.loading import Mllm, load_mllm
 from comfyui_moma.nodes import ExtractSubject
 from comfyui_moma.nodes.loaders import load_adapter
 from random_weights import HIDDEN, SMALL_LLAVA, adapter_file, llava_folder
@@ -136,10 +136,10 @@ def test_the_node_keeps_results_in_the_user_folder(
         return output.args[0].embedding, "loaded" in vars(mllm)
 
     first, loaded = extract(cache=False)
-    assert loaded and not folders.hidden_states().exists()
+    assert loaded and not user_folder(HIDDEN_STATES).exists()
     for expected in (True, False):
         embedding, loaded = extract(cache=True)
         assert torch.equal(embedding, first) and loaded == expected
-    assert folders.hidden_states() == tmp_path / "user" / "__moma" / "hidden_states"
-    assert len(list(folders.hidden_states().iterdir())) == 1
+    assert user_folder(HIDDEN_STATES) == tmp_path / "user" / "__moma" / "hidden_states"
+    assert len(list(user_folder(HIDDEN_STATES).iterdir())) == 1
     assert extract(cache=False)[1]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from bootstrap import comfyui_path
 from comfy_server import ComfyServer, ExecutionFailedError, Prompt, Run
-from comfyui_moma.moma_modules.subject import save_subject
+from comfyui_moma.moma_modules.subject.file import save_subject
 from scene import tiny_adapter, tiny_subject
 from tiny_models import adapter_groups
 from tiny_scene_pack import add_tiny_scene_pack

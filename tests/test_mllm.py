@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 from bootstrap import AT_START
-from comfyui_moma.moma_modules.mllm.checkpoint import find_checkpoints
-from comfyui_moma.moma_modules.mllm.encode import subject_hidden_state
-from comfyui_moma.moma_modules.mllm.model import load_mllm
-from comfyui_moma.moma_modules.mllm.prompt import IMAGE_TOKEN, prompt_ids
+from comfyui_moma.moma_modules.mllm.checkpoint_files import find_checkpoints
+from comfyui_moma.moma_modules.mllm.encode import IMAGE_TOKEN, prompt_ids, subject_hidden_state
+from comfyui_moma.moma_modules.mllm.loading import load_mllm
 from sentencepiece import SentencePieceProcessor
 
 DATA = Path(__file__).parent / "data" / "mllm"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from comfyui_moma.moma_modules.mllm.checkpoint import read_checkpoint
 from comfyui_moma.moma_modules.mllm.encode import forward
-from comfyui_moma.moma_modules.mllm.model import load_checkpoint
+from comfyui_moma.moma_modules.mllm.loading import load_checkpoint
 from comfyui_moma.moma_modules.mllm.precision import Plan
 from emulated_card import SECOND, emulated_cards
 from fake_device import CARD

@@ -12,7 +12,7 @@ import torch
 from comfyui_moma.moma_modules.mllm.checkpoint import Checkpoint, read_checkpoint
 from comfyui_moma.moma_modules.mllm.convert import convert_mllm
 from comfyui_moma.moma_modules.mllm.encode import forward
-from comfyui_moma.moma_modules.mllm.model import LoadedMllm, load_checkpoint
+from comfyui_moma.moma_modules.mllm.loading import LoadedMllm, load_checkpoint
 from comfyui_moma.moma_modules.mllm.precision import PRECISIONS, Machine, Plan, make_plan
 from fake_device import CARD, fake_card, without_content
 from random_weights import SMALL_LLAVA, llava_folder

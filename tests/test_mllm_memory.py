@@ -17,12 +17,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from comfyui_moma.moma_modules.mllm import model
+from comfyui_moma.moma_modules.mllm import loading
 from comfyui_moma.moma_modules.mllm.checkpoint import Checkpoint, read_checkpoint
+from comfyui_moma.moma_modules.mllm.checkpoint_files import checkpoint_identity
 from comfyui_moma.moma_modules.mllm.encode import forward, subject_hidden_state
-from comfyui_moma.moma_modules.mllm.identity import checkpoint_identity
 from comfyui_moma.moma_modules.mllm.leaves import CastLinear
-from comfyui_moma.moma_modules.mllm.model import LoadedMllm, Mllm, load_checkpoint, load_mllm
+from comfyui_moma.moma_modules.mllm.loading import LoadedMllm, Mllm, load_checkpoint, load_mllm
 from comfyui_moma.moma_modules.mllm.precision import Plan
 from fake_device import CARD, fake_card, managed, unet_without_content, without_content
 from random_weights import llava_folder
@@ -188,7 +188,7 @@ def test_loading_is_lazy_shared_and_freed(folder: Path, monkeypatch: pytest.Monk
         loads.append(plan)
         return load_checkpoint(checkpoint, plan, device)
 
-    monkeypatch.setattr(model, "load_checkpoint", counted)
+    monkeypatch.setattr(loading, "load_checkpoint", counted)
     one, two, other = load_mllm(folder, "fp32"), load_mllm(folder, "fp32"), load_mllm(folder, "fp8")
     assert not loads
     for mllm in (one, two, one, other):
@@ -281,7 +281,7 @@ def test_fifty_encodes_keep_nothing(folder: Path, precision: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp8"])
 def test_cancelling_a_load_leaves_nothing(folder: Path, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     filled: list[str] = []
-    fill = model._fill
+    fill = loading._fill
 
     def cancel_at_the_tenth(module: Any, key: str, *args: Any) -> None:
         filled.append(key)
@@ -290,7 +290,7 @@ def test_cancelling_a_load_leaves_nothing(folder: Path, precision: str, monkeypa
 
     mllm = load_mllm(folder, precision)
     with monkeypatch.context() as patch:
-        patch.setattr(model, "_fill", cancel_at_the_tenth)
+        patch.setattr(loading, "_fill", cancel_at_the_tenth)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             encode(mllm)
     assert len(filled) == 10

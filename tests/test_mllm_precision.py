@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comfyui_moma.moma_modules.mllm.architecture import MllmModule
-from comfyui_moma.moma_modules.mllm.checkpoint import LanguageShape, VisionShape, read_checkpoint
+from comfyui_moma.moma_modules.mllm.checkpoint import read_checkpoint
 from comfyui_moma.moma_modules.mllm.encode import subject_hidden_state
-from comfyui_moma.moma_modules.mllm.model import load_mllm
+from comfyui_moma.moma_modules.mllm.loading import load_mllm
+from comfyui_moma.moma_modules.mllm.module import MllmModule
 from comfyui_moma.moma_modules.mllm.precision import PRECISIONS, Machine, Plan, cpu_bf16_gain, make_plan, packed_size
-from comfyui_moma.moma_modules.mllm.quantize import quantize_rows
+from comfyui_moma.moma_modules.mllm.weights import LanguageShape, VisionShape, quantize_rows
 from random_weights import SMALL_LLAVA, llava_folder
 
 CARD, CPU = torch.device("cuda:0"), torch.device("cpu")

@@ -11,13 +11,14 @@ import folder_paths
 import psutil
 import pytest
 import torch
-from comfyui_moma.moma_modules import file_kinds
-from comfyui_moma.moma_modules.adapter import load_adapter
-from comfyui_moma.moma_modules.adapter_file import convert_adapter
-from comfyui_moma.moma_modules.comfy_bridge import folders
+from comfyui_moma.moma_modules.adapter.file import convert_adapter
+from comfyui_moma.moma_modules.adapter.loading import load_adapter
+from comfyui_moma.moma_modules.download.release import ADAPTER_NAME, FOLDER
+from comfyui_moma.moma_modules.host import weight_files
+from comfyui_moma.moma_modules.host.folders import MODELS
 from comfyui_moma.moma_modules.mllm.hidden_state_cache import HiddenStateCache
-from comfyui_moma.moma_modules.mllm.model import load_mllm
-from comfyui_moma.moma_modules.subject import load_subject, save_subject
+from comfyui_moma.moma_modules.mllm.loading import load_mllm
+from comfyui_moma.moma_modules.subject.file import load_subject, save_subject
 from comfyui_moma.nodes.convert import ConvertMllm
 from comfyui_moma.nodes.loaders import LoadAdapter, LoadMllm
 from safetensors.torch import load_file, save_file
@@ -56,7 +57,7 @@ def test_a_loaded_adapter_lets_go_of_its_file(tmp_path: Path, suffix: str) -> No
     torch.save(adapter_groups(embedding=48), tmp_path / "held_adapter.th")
     convert_adapter(tmp_path / "held_adapter.th", tmp_path / "held_adapter.safetensors")
     adapter = load_adapter(tmp_path / f"held_adapter{suffix}")
-    assert not held(tmp_path / f"held_adapter{suffix}") and adapter.embedding_size == 48
+    assert not held(tmp_path / f"held_adapter{suffix}") and adapter.sizes.embedding == 48
 
 
 def test_a_kept_hidden_state_lets_go_of_its_file(tmp_path: Path) -> None:
@@ -73,18 +74,18 @@ def test_a_kept_hidden_state_lets_go_of_its_file(tmp_path: Path) -> None:
 def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often the header of each file was read."""
     count: Counter[str] = Counter()
-    safe_open, of_json = file_kinds.safe_open, file_kinds._of_json
+    safe_open, read_json = weight_files.safe_open, weight_files.read_json
 
     def counting(path: Any, *args: Any, **kwargs: Any) -> Any:
         count[Path(path).name] += 1
         return safe_open(path, *args, **kwargs)
 
-    def counting_json(path: Path) -> str | None:
+    def counting_json(path: Path) -> dict[str, Any]:
         count[path.name] += 1
-        return of_json(path)
+        return read_json(path)
 
-    monkeypatch.setattr(file_kinds, "safe_open", counting)
-    monkeypatch.setattr(file_kinds, "_of_json", counting_json)
+    monkeypatch.setattr(weight_files, "safe_open", counting)
+    monkeypatch.setattr(weight_files, "read_json", counting_json)
     return count
 
 
@@ -94,10 +95,11 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "moma"
     (root / "llava").mkdir(parents=True)
     (root / "llava" / "config.json").write_text(json.dumps({"mm_projector_type": "mlp2x_gelu"}), encoding="utf-8")
-    save_file({"projectors.proj.weight": torch.zeros(1)}, root / "adapter.safetensors")
+    groups = ("projectors", "self_cross_attentions", "llm_mapping")
+    save_file({f"{group}.x": torch.zeros(1) for group in groups}, root / "adapter.safetensors")
     save_file({"x": torch.zeros(1)}, root / "mllm.safetensors", {"format": "moma_mllm"})
     save_file({"x": torch.zeros(1)}, root / "other.safetensors", {"format": "moma_subject"})
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, folders.MODELS, ([str(root)], {".th", ".safetensors"}))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, MODELS, ([str(root)], {".th", ".safetensors"}))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     return root
 
@@ -106,7 +108,7 @@ def offered() -> tuple[set[str], set[str]]:
     """What the nodes offer, as ComfyUI asks for it whenever an editor is loaded."""
     adapters, mllms, sources = (node.GET_SCHEMA().inputs[0].options for node in (LoadAdapter, LoadMllm, ConvertMllm))
     assert mllms == sources
-    return set(adapters) - {folders.ADAPTER_NAME}, set(mllms) - {folders.FOLDER}
+    return set(adapters) - {ADAPTER_NAME}, set(mllms) - {FOLDER}
 
 
 def test_asking_for_choices_again_opens_nothing(root: Path, opened: Counter[str]) -> None:
@@ -132,4 +134,4 @@ def test_a_file_that_cannot_be_read_now_is_tried_again(root: Path, opened: Count
     assert offered()[0] == set()
     adapter.write_bytes(content)
     assert offered()[0] == {"adapter.safetensors"}
-    assert file_kinds.kind_of(root / "gone.safetensors") is None
+    assert weight_files.summary(root / "gone.safetensors") is None

@@ -5,9 +5,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comfyui_moma.moma_modules.comfy_bridge.live_mask import FRAMES, Film
-from comfyui_moma.moma_modules.pictures import GAP, OUTLINE, contact_sheet, coverage, film_strip, picture, what_was_seen
-from comfyui_moma.moma_modules.study import parse_study
+from comfyui_moma.moma_modules.host.pictures import (
+    GAP,
+    OUTLINE,
+    contact_sheet,
+    coverage,
+    film_strip,
+    picture,
+    what_was_seen,
+)
+from comfyui_moma.moma_modules.sampling.live_mask import FRAMES, Film
+from comfyui_moma.moma_modules.sampling.study import parse_study
 
 
 def square() -> torch.Tensor:

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from comfyui_moma.moma_modules.comfy_bridge.conditioning import TOKENS_KEY
-from comfyui_moma.moma_modules.comfy_bridge.saving import check_prefix
-from comfyui_moma.moma_modules.comfy_bridge.text import encode_prompt, encode_word, plain_text
-from comfyui_moma.moma_modules.mllm.prompt import IMAGE_TOKEN, prompt_ids
-from comfyui_moma.moma_modules.reference_image import FITS, prepare_references
-from comfyui_moma.moma_modules.subject import load_subject, save_subject
-from comfyui_moma.moma_modules.subject_tokens import PROMPT_TEMPLATE, fill_template
+from comfyui_moma.moma_modules.mllm.encode import IMAGE_TOKEN, prompt_ids
+from comfyui_moma.moma_modules.prompt.marks import TOKENS_KEY
+from comfyui_moma.moma_modules.prompt.subject_tokens import PROMPT_TEMPLATE, fill_template
+from comfyui_moma.moma_modules.prompt.text import encode_prompt, encode_word, plain_text
+from comfyui_moma.moma_modules.subject.file import check_prefix, load_subject, save_subject
+from comfyui_moma.moma_modules.subject.reference_image import FITS, prepare_references
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from scene import masks_of, moma, negative, positive, sample, tiny_shortcut, tiny_subject

@@ -11,8 +11,9 @@ from typing import Any
 import comfy.model_management
 import pytest
 import torch
-from comfyui_moma.moma_modules.comfy_bridge.patching import settings_of
-from comfyui_moma.moma_modules.subject import combine_subjects
+from comfyui_moma.moma_modules.sampling.caches import caches_of
+from comfyui_moma.moma_modules.sampling.patching import settings_of
+from comfyui_moma.moma_modules.subject.subject import combine_subjects
 from comfyui_moma.nodes.patches import SelfAttnShortcut
 from scene import CONTEXT, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
 from tiny_models import seeded, tiny_clip, tiny_model, tiny_vae
@@ -123,7 +124,7 @@ def test_an_interrupted_reference_pass_is_not_kept(model: Any, adapter: Any) -> 
 
 
 def test_the_cache_is_bounded(model: Any, adapter: Any) -> None:
-    adapter.reference_cache.kept.capacity = 1
+    caches_of(adapter).references.capacity = 1
     one, two = tiny_subject(adapter), tiny_subject(adapter, seed=9)
     two = replace(two, masks=~two.masks)
     patched = {id(s): moma(model, adapter, s, shortcut=tiny_shortcut()) for s in (one, two)}
@@ -185,7 +186,7 @@ def test_the_reference_is_encoded_once_for_all_strengths(model: Any, adapter: An
 
 def test_kept_encodings_are_bounded_and_keep_no_vae(adapter: Any) -> None:
     vae, clip = tiny_vae(), tiny_clip()
-    kept = adapter.encoded_references
+    kept = caches_of(adapter)
     kept.pictures.capacity = 2 * 4 * 8 * 8 * 4  # two latents [1, 4, 8, 8] in float32
     one, two, three = (tiny_subject(adapter, seed=seed) for seed in (1, 2, 3))
     with encodings(vae, clip) as seen:

@@ -10,9 +10,9 @@ import comfy.supported_models
 import folder_paths
 import pytest
 import torch
-from comfyui_moma.moma_modules.comfy_bridge import folders
-from comfyui_moma.moma_modules.mllm.model import load_mllm
-from comfyui_moma.moma_modules.subject import combine_subjects
+from comfyui_moma.moma_modules.host.folders import MODELS, SUBJECTS
+from comfyui_moma.moma_modules.mllm.loading import load_mllm
+from comfyui_moma.moma_modules.subject.subject import combine_subjects
 from comfyui_moma.nodes.loaders import LoadAdapter, LoadMllm
 from comfyui_moma.nodes.mask import SubjectMask
 from comfyui_moma.nodes.patches import ApplyAdapter, SelfAttnShortcut
@@ -185,8 +185,8 @@ def test_the_embedding_depends_on_picture_word_and_prompt(mllm: Any, adapter: An
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty models folder and an empty folder of subjects."""
     paths = {
-        folders.MODELS: ([str(tmp_path / "moma")], {".th", ".safetensors"}),
-        folders.SUBJECTS: ([str(tmp_path / "subjects")], {".safetensors"}),
+        MODELS: ([str(tmp_path / "moma")], {".th", ".safetensors"}),
+        SUBJECTS: ([str(tmp_path / "subjects")], {".safetensors"}),
     }
     for key, value in paths.items():
         monkeypatch.setitem(folder_paths.folder_names_and_paths, key, value)
@@ -202,7 +202,7 @@ def test_a_missing_adapter_file(models: Path) -> None:
     for part in ("'attn_adapters_projectors.th'", str(models / "moma"), "Found: nothing", "huggingface.co", "press R"):
         assert part in message
     torch.save(adapter_groups(embedding=8), models / "moma" / "other.th")
-    folder_paths.filename_list_cache.pop(folders.MODELS, None)
+    folder_paths.filename_list_cache.pop(MODELS, None)
     assert LoadAdapter.validate_inputs("other.th") is True
     assert "Found: other.th" in str(LoadAdapter.validate_inputs("attn_adapters_projectors.th"))
 

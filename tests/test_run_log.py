@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from comfyui_moma.moma_modules.comfy_bridge import run_log
-from comfyui_moma.moma_modules.comfy_bridge.live_mask import Film, LiveMask
-from comfyui_moma.moma_modules.comfy_bridge.run_log import CAPACITY, FILM_BYTES, FILM_SIDE, MOST_RUNS, FinishedRun
-from comfyui_moma.moma_modules.comfy_bridge.settings import ImageTokens
+from comfyui_moma.moma_modules.sampling.live_mask import Film, LiveMask
+from comfyui_moma.moma_modules.sampling.settings import ImageTokens
+from comfyui_moma.moma_modules.subject import run_log
+from comfyui_moma.moma_modules.subject.run_log import CAPACITY, FILM_BYTES, FILM_SIDE, MOST_RUNS, FinishedRun
 from comfyui_moma.nodes.mask import SubjectMask
 from scene import masks_of, moma, negative, positive, sample, tiny_adapter, tiny_subject
 from tiny_models import seeded
@@ -137,7 +137,8 @@ def test_looking_never_costs_a_picture(
     said: str,
 ) -> None:
     """Whatever fails while masks are shown or kept: the picture comes, and one warning says what failed and why."""
-    from comfyui_moma.moma_modules.comfy_bridge.patching import patched, settings_of
+    from comfyui_moma.moma_modules.sampling.patching import settings_of
+    from comfyui_moma.moma_modules.sampling.wrappers import patched
 
     subject = tiny_subject(adapter, seed=204)
     shown = settings_of(moma(model, adapter, subject)).with_subject(

@@ -249,7 +249,7 @@ def test_a_prompt_without_the_subject_gets_the_features_everywhere(full: Any, mo
 
 def test_two_subjects(model: Any, adapter: Any, subject: Any) -> None:
     """Two subjects in two regions: each has a mask, and the second changes the picture."""
-    from comfyui_moma.moma_modules.comfy_bridge.conditioning import mark_tokens
+    from comfyui_moma.moma_modules.prompt.marks import mark_tokens
 
     other = tiny_subject(adapter, "dog", seed=15)
     prompt = mark_tokens(positive(subject), {other.key: (9,)})
@@ -300,7 +300,7 @@ def test_computing_the_shortcut_only_where_it_acts_changes_nothing(
     model: Any, adapter: Any, subject: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU queries outside the mask are left out, on a GPU all are computed: the same picture."""
-    from comfyui_moma.moma_modules.comfy_bridge import run
+    from comfyui_moma.moma_modules.sampling import run
 
     region = torch.zeros(1, 16, 16)
     region[:, :8, :8] = 1
@@ -309,8 +309,8 @@ def test_computing_the_shortcut_only_where_it_acts_changes_nothing(
     asked: list[bool] = []
 
     def all_queries(**settings: Any) -> Any:
-        asked.append(settings["selecting"])
-        return forward(**{**settings, "selecting": False})
+        asked.append(settings["sparse_shortcut"])
+        return forward(**{**settings, "sparse_shortcut": False})
 
     forward = run.Forward
     monkeypatch.setattr(run, "Forward", all_queries)

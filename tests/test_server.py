@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from bootstrap import comfyui_path
 from comfy_server import ComfyServer, ExecutionFailedError, Prompt, PromptRefusedError, Run
-from comfyui_moma.moma_modules.release import ADAPTER_NAME, FOLDER, MLLM_FILES, REPOSITORY
+from comfyui_moma.moma_modules.download.release import ADAPTER_NAME, FOLDER, MLLM_FILES, REPOSITORY
 from comfyui_source import cache_dir
 from hub_server import HubFile, HubServer
 from PIL import Image

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from comfy.sd1_clip import SD1Tokenizer
-from comfyui_moma.moma_modules.comfy_bridge.conditioning import TOKENS_KEY
-from comfyui_moma.moma_modules.comfy_bridge.text import encode_prompt, encode_word, plain_text
-from comfyui_moma.moma_modules.reference_image import prepare_references
-from comfyui_moma.moma_modules.subject_mask import subject_mask, token_attention, token_values
-from comfyui_moma.moma_modules.subject_tokens import PROMPT_TEMPLATE, bare, fill_template, find_subject
-from comfyui_moma.moma_modules.token_text import Piece, bracketed, read_pieces
+from comfyui_moma.moma_modules.prompt.clip_tokens import Piece, bracketed, read_pieces
+from comfyui_moma.moma_modules.prompt.marks import TOKENS_KEY
+from comfyui_moma.moma_modules.prompt.subject_tokens import PROMPT_TEMPLATE, bare, fill_template, find_subject
+from comfyui_moma.moma_modules.prompt.text import encode_prompt, encode_word, plain_text
+from comfyui_moma.moma_modules.sampling.subject_mask import subject_mask, token_attention, token_values
+from comfyui_moma.moma_modules.subject.reference_image import prepare_references
 from comfyui_moma.nodes.conditioning import TextEncode
 from hypothesis import given, settings
 from hypothesis import strategies as st

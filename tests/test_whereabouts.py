@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from comfy_execution.utils import CurrentNodeContext
-from comfyui_moma.moma_modules.comfy_bridge import editor
-from comfyui_moma.moma_modules.comfy_bridge.conditioning import mark_tokens
-from comfyui_moma.moma_modules.comfy_bridge.patching import patched, settings_of
-from comfyui_moma.moma_modules.comfy_bridge.sequence import FIRST, GOES_ON, PART, WHOLE, Trace
-from comfyui_moma.moma_modules.comfy_bridge.settings import ImageTokens, Window
-from comfyui_moma.moma_modules.comfy_bridge.whereabouts import MAP_KEY, PICTURE, box_in, kind_of_node, picture_map
+from comfyui_moma.moma_modules.host import messages as editor
+from comfyui_moma.moma_modules.prompt.marks import MAP_KEY, PICTURE, box_in, mark_tokens, picture_map
+from comfyui_moma.moma_modules.sampling.patching import settings_of
+from comfyui_moma.moma_modules.sampling.settings import ImageTokens, Window
+from comfyui_moma.moma_modules.sampling.whereabouts import FIRST, GOES_ON, PART, WHOLE, Trace, kind_of_node
+from comfyui_moma.moma_modules.sampling.wrappers import patched
 from scene import close, moma, negative, positive, sample, tiny_shortcut, tiny_subject
 from tiny_models import seeded
 from torch.nn.functional import interpolate
@@ -114,7 +114,7 @@ def run_as(
 ) -> torch.Tensor:
     """A run within a node of that class, as a server executes it."""
     with monkeypatch.context() as patch:
-        patch.setattr("comfyui_moma.moma_modules.comfy_bridge.placing.executing_node", lambda: (NODE, name))
+        patch.setattr("comfyui_moma.moma_modules.sampling.placing.executing_node", lambda: (NODE, name))
         return sample(model, positive(subject) if plus is None else plus, negative(), **kwargs)
 
 

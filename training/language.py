@@ -17,11 +17,10 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..moma_modules.adapter import Mapping
-from ..moma_modules.mllm.architecture import MllmModule, fill_constants
-from ..moma_modules.mllm.image import pixel_values
-from ..moma_modules.mllm.prompt import IMAGE_TOKEN, prompt_ids
-from ..moma_modules.mllm.shapes import LanguageShape, VisionShape
+from ..moma_modules.adapter.networks import Mapping
+from ..moma_modules.mllm.encode import IMAGE_TOKEN, pixel_values, prompt_ids
+from ..moma_modules.mllm.module import MllmModule, fill_constants
+from ..moma_modules.mllm.weights import LanguageShape, VisionShape
 from .data import scene_of, to_tensor
 from .eye import SIZE, Eye
 from .loop import Plan, Training, write_whole

@@ -13,8 +13,8 @@ import threading
 from pathlib import Path
 from typing import IO, Any
 
-from ..files import Report
-from ..release import ADDRESS, REPOSITORY
+from ..host.disk import Report
+from .release import ADDRESS, REPOSITORY
 
 WORKER = Path(__file__).with_name("worker.py")
 POLL_SECONDS = 0.1

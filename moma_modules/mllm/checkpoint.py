@@ -1,4 +1,4 @@
-"""Finding, reading and checking a LLaVA checkpoint: a folder as published, or one converted file.
+"""Reading and checking a LLaVA checkpoint: a folder as published, or one converted file.
 
 A folder holds `config.json`, `tokenizer.model` and the weights as `.bin` or `.safetensors`, whole or in shards with an
 index. A converted file (`convert.py`) is a `.safetensors` with all three in it. Needs torch, safetensors and
@@ -6,8 +6,7 @@ sentencepiece only.
 """
 
 import json
-import os
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,19 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
-from ..file_kinds import LLAVA, MLLM, MLLM_FORMAT, kind_of
-from ..release import GET_AGAIN
-from .shapes import (
+from ..download.release import GET_AGAIN
+from ..host.weight_files import read_header, read_json, read_pickle, read_safetensors
+from .checkpoint_files import (
+    FORMAT,
+    FORMAT_VERSION,
+    INDEXES,
+    TOKENIZER,
+    incomplete,
+    indexed_files,
+    missing_files,
+    weight_files,
+)
+from .weights import (
     CONFIG,
     LanguageShape,
     VisionShape,
@@ -29,18 +38,10 @@ from .shapes import (
     read_vision_shape,
     vision_layers,
 )
-from .weight_files import Reader, incomplete, missing_files, read_folder_weights, read_json, read_mapped, weight_files
-
-TOKENIZER = "tokenizer.model"
-FORMAT, FORMAT_VERSION = MLLM_FORMAT, "1"
-"""What the metadata of a converted file says it is."""
 
 TOKENIZER_KEY = "tokenizer"
 """The tensor of a converted file that holds the bytes of `tokenizer.model`."""
 
-SUFFIXES = (".json", ".model", ".bin", ".safetensors")
-MAX_DEPTH = 4
-"""How deep below a model folder checkpoints are looked for; enough for a hub snapshot."""
 
 PARTS = {
     "vision": "model.vision_tower.vision_tower.vision_model.",
@@ -52,6 +53,10 @@ PARTS = {
 _CONVERT = "Convert the model again with Convert MoMA MLLM."
 _UNUSED = ("lm_head.weight",)
 _UNUSED_SUFFIXES = (".rotary_emb.inv_freq", ".embeddings.position_ids")
+
+
+Reader = Callable[[Path], tuple[dict[str, Tensor], dict[str, str]]]
+"""Gives tensors and metadata of a weight file, or raises a ValueError that names it."""
 
 
 @dataclass(frozen=True)
@@ -76,40 +81,27 @@ class Checkpoint:
     tokenizer: SentencePieceProcessor
 
 
-def find_checkpoints(roots: Iterable[Path]) -> dict[str, Path]:
-    """LLaVA folders and converted files at or below `roots`, by path relative to their root; the first root wins.
-
-    Links are followed, but not back to a folder they lie in. Hidden folders are left out. Only files that are new or
-    have changed are opened.
-    """
-    found: dict[str, Path] = {}
-    for root in roots:
-        for folder, subfolders, files in os.walk(root, followlinks=True):
-            path = Path(folder)
-            if CONFIG in files and kind_of(path / CONFIG) == LLAVA:
-                found.setdefault(path.relative_to(root).as_posix() if path != root else root.name, path)
-            for file in files:
-                if file.endswith(".safetensors") and kind_of(path / file) == MLLM:
-                    found.setdefault((path / file).relative_to(root).as_posix(), path / file)
-            deep = len(path.relative_to(root).parts) >= MAX_DEPTH
-            subfolders[:] = [] if deep else [name for name in subfolders if _leads_on(path / name)]
-    return found
-
-
-def absent_files(path: Path) -> list[str]:
-    """Names of the files that a checkpoint folder lacks; none for a converted file.
+def read_mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of one weight file, left in the file until they are looked at: a `Reader` without ComfyUI.
 
     Raises:
-        ValueError: An index file is unreadable.
+        ValueError: The file is unreadable, holds code, or is no file of named weights.
     """
-    return [] if path.is_file() else missing_files(path, [CONFIG, TOKENIZER, *weight_files(path)])
+    if path.suffix != ".safetensors":
+        return read_named_weights(path, mapped=True), {}
+    return read_safetensors(path, mapped=True), read_header(path).metadata
 
 
-def checkpoint_files(path: Path) -> list[Path]:
-    """The files a checkpoint consists of: a folder's, by name, or the one file itself."""
-    if path.is_file():
-        return [path]
-    return sorted(file for file in path.iterdir() if file.is_file() and file.suffix in SUFFIXES)
+def read_named_weights(path: Path, mapped: bool) -> dict[str, Tensor]:
+    """Weights from a file in PyTorch's own format.
+
+    Raises:
+        ValueError: See `read_mapped`.
+    """
+    content = read_pickle(path, GET_AGAIN, mapped)
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} does not hold named weights. {GET_AGAIN}")
+    return content
 
 
 def read_checkpoint(path: Path, vision_heads: int | None = None, read: Reader = read_mapped) -> Checkpoint:
@@ -143,24 +135,12 @@ def read_checkpoint(path: Path, vision_heads: int | None = None, read: Reader = 
     return Checkpoint(path.name, config, language_shape, vision_shape, tokenizer=tokenizer, **parts)
 
 
-def _leads_on(folder: Path) -> bool:
-    """Whether to walk into a subfolder: it is not hidden, and no link back to a folder it lies in."""
-    if folder.name.startswith("."):
-        return False
-    if not folder.is_symlink():
-        return True
-    try:
-        real = folder.resolve(strict=True)
-        return all(real != above.resolve() for above in folder.parents)
-    except (OSError, RuntimeError):  # a link to itself is a RuntimeError before Python 3.13
-        return False
-
-
 def _read_folder(folder: Path, read: Reader) -> tuple[dict[str, Any], SentencePieceProcessor, dict[str, Tensor]]:
-    config = read_json(folder / CONFIG)
+    missing = missing_files(folder, [CONFIG, TOKENIZER])
+    if missing:
+        raise ValueError(incomplete(folder, missing))
+    config = read_json(folder / CONFIG, GET_AGAIN)
     path = folder / TOKENIZER
-    if not path.is_file():
-        raise ValueError(incomplete(folder, [TOKENIZER]))
     tokenizer = _tokenizer(path.read_bytes(), path)
     tensors = {key: value for key, value in read_folder_weights(folder, read).items() if not _is_unused(key)}
     return config, tokenizer, {_canonical(key, folder): value for key, value in tensors.items()}
@@ -203,3 +183,24 @@ def _canonical(key: str, folder: Path) -> str:
         if key.startswith(prefix):
             return f"{part}.{key[len(prefix) :]}"
     raise ValueError(f"{folder} is not a LLaVA-1.5 checkpoint: weight {key!r} is not known.")
+
+
+def read_folder_weights(folder: Path, read: Reader) -> dict[str, Tensor]:
+    """All weights of a checkpoint folder.
+
+    Raises:
+        ValueError: A file is missing, truncated, of another kind, holds code, or lacks what the index says of it.
+    """
+    names = weight_files(folder)
+    missing = missing_files(folder, names)
+    if missing:
+        raise ValueError(incomplete(folder, missing))
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        tensors |= read(folder / name)[0]
+    for index in (folder / name for name in INDEXES):
+        if index.is_file() and indexed_files(folder, index.name) == names:
+            lost = sorted(set(read_json(index, GET_AGAIN)["weight_map"]) - set(tensors))
+            if lost:
+                raise ValueError(f"{index} lists the weight {lost[0]!r}, which none of its files holds. {GET_AGAIN}")
+    return tensors

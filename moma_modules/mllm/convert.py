@@ -15,21 +15,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..files import CHUNK, Report, check_space, locked
-from .checkpoint import (
-    FORMAT,
-    FORMAT_VERSION,
-    PARTS,
-    TOKENIZER_KEY,
-    Checkpoint,
-    checkpoint_files,
-    read_checkpoint,
-)
-from .quantize import SCALE_SUFFIX, quantize_rows
-from .shapes import is_quantizable, is_quantized
+from ..host.disk import CHUNK, Report, check_space, content_hash, locked
+from ..host.weight_files import read_header
+from .checkpoint import PARTS, TOKENIZER_KEY, Checkpoint, read_checkpoint
+from .checkpoint_files import FORMAT, FORMAT_VERSION, checkpoint_identity
+from .weights import SCALE_SUFFIX, is_quantizable, is_quantized, quantize_rows
 
 PRECISIONS = ("keep", "bf16", "fp16", "fp8", "int8")
 """What the weights can be stored in. `fp8` and `int8` are for the matrices of the language layers; the rest is kept."""
@@ -44,7 +36,6 @@ _CODES = {
     torch.int8: "I8",
     torch.uint8: "U8",
 }
-_SAMPLE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -119,20 +110,12 @@ def _bytes(content: bytes) -> Tensor:
 
 
 def _metadata(checkpoint: Checkpoint, source: Path, precision: str) -> dict[str, str]:
-    """The file's metadata. `source` tells different sources apart by the sizes, starts and ends of their files."""
-    digest = hashlib.sha256()
-    for path in checkpoint_files(source):
-        size = path.stat().st_size
-        digest.update(f"{path.name}|{size}|".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_SAMPLE))
-            file.seek(max(size - _SAMPLE, 0))
-            digest.update(file.read())
+    """The file's metadata; `source` tells different sources apart."""
     return {
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "precision": precision,
-        "source": digest.hexdigest(),
+        "source": checkpoint_identity(source),
         "config": json.dumps(checkpoint.config, sort_keys=True),
     }
 
@@ -238,7 +221,7 @@ def _resumed(part: Path, journal: Path, plan: _Plan) -> dict[str, str]:
 
 
 def _digest(plan: _Plan) -> str:
-    return hashlib.sha256(plan.header).hexdigest()
+    return content_hash(plan.header)
 
 
 def _write(
@@ -294,10 +277,8 @@ def _read_back(part: Path, plan: _Plan, digests: Mapping[str, str], report: Repo
             good &= digest.hexdigest() == digests[name]
     if good and part.stat().st_size == plan.size:
         try:
-            with safe_open(part, framework="pt") as reader:
-                names = reader.keys()
-                good = set(names) == set(plan.slots)
-        except SafetensorError:
+            good = set(read_header(part).tensors) == set(plan.slots)
+        except ValueError:
             good = False
     if not good:
         raise ValueError(f"{part} did not read back as written and was removed (bad disk?). The source is unchanged.")

@@ -1,4 +1,4 @@
-"""One forward of the MLLM over (reference, word, prompt)."""
+"""One forward of the MLLM over (reference, word, prompt): pixels, instruction, hidden state."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,11 +8,49 @@ import comfy.model_patcher
 import comfy.utils
 import numpy as np
 import torch
+from PIL import Image
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 
-from .image import pixel_values
-from .model import LoadedMllm, Mllm
-from .prompt import IMAGE_TOKEN, prompt_ids
+from .loading import LoadedMllm, Mllm
+
+_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+def pixel_values(image: np.ndarray, mask: np.ndarray, size: int) -> Tensor:
+    """CLIP's normalised pixels of the subject on white.
+
+    Args:
+        image: [H, W, 3] uint8.
+        mask: [H, W] bool, True on the subject.
+        size: Side of the vision tower's input, 336 in the released checkpoint.
+
+    Returns:
+        [1, 3, size, size] float32, resized bicubic.
+    """
+    on_white = np.where(mask[..., None], image, np.uint8(255))
+    small = Image.fromarray(on_white, "RGB").resize((size, size), Image.Resampling.BICUBIC)
+    values = (np.asarray(small, np.float32) / 255 - _MEAN) / _STD
+    return torch.from_numpy(values.transpose(2, 0, 1)[None].copy())
+
+
+IMAGE_TOKEN = -200
+"""Stands where the image's features go; no id of the vocabulary."""
+
+_BEFORE_IMAGE = "USER: "
+_AFTER_IMAGE = "\n A photo of a {subject}. Describe a new image of the same {subject} in: {prompt}. ASSISTANT: *"
+
+
+def prompt_ids(tokenizer: SentencePieceProcessor, subject: str, prompt: str) -> list[int]:
+    """Token ids with one `IMAGE_TOKEN`.
+
+    The text before and after the image is tokenised by itself, as LLaVA does. An `<image>` or `</s>` that a user
+    writes stays plain text.
+    """
+    # One pass, so that "{prompt}" inside a subject word is not filled in.
+    text = _AFTER_IMAGE.format(subject=subject, prompt=prompt)
+    return [tokenizer.bos_id(), *tokenizer.encode(_BEFORE_IMAGE), IMAGE_TOKEN, *tokenizer.encode(text)]
 
 
 def subject_hidden_state(mllm: Mllm, image: np.ndarray, mask: np.ndarray, subject: str, prompt: str) -> Tensor:

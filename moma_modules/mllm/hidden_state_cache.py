@@ -1,20 +1,22 @@
 """Hidden states of the MLLM on disk, so that the same picture, words and model are never computed again."""
 
-import hashlib
-import logging
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save_file
 from torch import Tensor
 
+from ..host.disk import content_hash, written_whole
+from ..host.messages import warn
+from ..host.weight_files import read_safetensors
 from .encode import subject_hidden_state
-from .model import Mllm
+from .loading import Mllm
+
+HIDDEN_STATES = "hidden_states"
+"""What the folder of them is called."""
 
 LIMIT = 1000
 """Hidden states kept, 16 KiB each with the released checkpoint; the ones not used for longest go first."""
@@ -46,12 +48,11 @@ class HiddenStateCache:
     def _write(self, path: Path, hidden: Tensor) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False) as file:
-                file.write(save({"hidden": hidden.contiguous()}, metadata={"format": _FORMAT}))
-            os.replace(file.name, path)
+            with written_whole(path) as partial:
+                save_file({"hidden": hidden.contiguous()}, partial, metadata={"format": _FORMAT})
             self._prune()
         except OSError as error:
-            logging.warning("MoMA could not keep a hidden state in %s: %s", self.folder, error)
+            warn(f"MoMA could not keep a hidden state in {self.folder}: {error}")
 
     def _prune(self) -> None:
         files = sorted(self.folder.iterdir(), key=lambda file: file.stat().st_mtime_ns)
@@ -64,18 +65,16 @@ def _key(mllm: Mllm, image: np.ndarray, mask: np.ndarray, subject: str, prompt: 
 
     The precision is the one chosen at the node, so that `auto` finds its results again when it would choose anew.
     """
-    digest = hashlib.sha256(repr((_FORMAT, mllm.identity, mllm.precision, image.shape, subject, prompt)).encode())
-    digest.update(np.ascontiguousarray(image).tobytes())
-    digest.update(np.ascontiguousarray(mask).tobytes())
-    return digest.hexdigest()
+    given = repr((_FORMAT, mllm.identity, mllm.precision, image.shape, subject, prompt))
+    return content_hash(given, image.tobytes(), mask.tobytes())
 
 
 def _read(path: Path, size: int) -> Tensor | None:
     """The hidden state in a file, marked as used now; None without a sound one."""
     try:
-        hidden = load(path.read_bytes()).get("hidden")
+        hidden = read_safetensors(path).get("hidden")
         os.utime(path)
-    except (OSError, SafetensorError):
+    except (OSError, ValueError):
         return None
     if hidden is None or hidden.shape != (1, size) or hidden.dtype != torch.float32 or not hidden.isfinite().all():
         return None

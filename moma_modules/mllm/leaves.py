@@ -12,7 +12,7 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
-from .quantize import quantize_rows
+from .weights import quantize_rows
 
 NF4_BLOCK = 64
 """Weights that share a scale in 4 bit (QLoRA, arXiv 2305.14314, section 3)."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .leaves import NF4_BLOCK, CastLinear, Fp8Linear, Int8Linear, Nf4Linear
-from .quantize import SCALE_SUFFIX
+from .weights import SCALE_SUFFIX
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp8", "8-bit", "4-bit", "fp32")
 """bf16, fp16 and fp32 are what it computes in; fp8, 8-bit and 4-bit what the language model's matrices are kept in."""

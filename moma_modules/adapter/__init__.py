@@ -1,0 +1,1 @@
+"""The adapter: its file, its networks, and loading them."""

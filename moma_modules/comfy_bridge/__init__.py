@@ -1,1 +1,0 @@
-"""Everything of the method that touches ComfyUI's internals: UNet layout, patches, the sampling run, folders."""

@@ -1,0 +1,1 @@
+"""ComfyUI's services and the disk, for all that happens here; nothing in it knows MoMA."""

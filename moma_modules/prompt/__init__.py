@@ -1,0 +1,1 @@
+"""The prompt: where the subject is in it, and what a CONDITIONING carries of that."""

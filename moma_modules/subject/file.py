@@ -1,0 +1,161 @@
+"""Saved subjects: one `.safetensors` file each, numbered, never over another file, never outside the folder."""
+
+import os
+from pathlib import Path
+
+import folder_paths
+import torch
+from safetensors.torch import save_file
+
+from ..host.disk import SUFFIX, check_new_name, portable, written_whole
+from ..host.folders import SUBJECTS, file_names, file_path, searched
+from ..host.weight_files import Header, read_header, read_safetensors
+from .reference_image import SIZE
+from .subject import Subject
+
+
+def subject_names() -> list[str]:
+    """Saved subjects, by relative name."""
+    return [name for name in file_names(SUBJECTS) if name.endswith(".safetensors")]
+
+
+def subject_path(name: str) -> Path:
+    """The file of a saved subject.
+
+    Raises:
+        FileNotFoundError: Saying what was looked for, where, and what was found.
+    """
+    path = file_path(SUBJECTS, name) if portable(name) in subject_names() else None
+    if path is not None:
+        return path
+    raise FileNotFoundError(
+        f"subject_name: there is no saved subject {name!r}. {searched(SUBJECTS, subject_names())} "
+        "Save one with Save MoMA Subject, or copy a file there, then press R to refresh."
+    )
+
+
+FORMAT = "moma_subject"
+FORMAT_VERSION = 1
+NAMES = ("embedding", "images", "masks")
+"""The tensors of a saved subject, in alphabetical order."""
+
+
+def save_numbered(subject: Subject, prefix: str) -> Path:
+    """Save as `output/moma_subjects/PREFIX_NUMBER_.safetensors`, with the next free number.
+
+    Args:
+        prefix: A name, with subfolders if wanted; %year% and the like are filled in, as in Save Image.
+
+    Raises:
+        ValueError: See `check_prefix`; or a link in the subfolder leads out of the folder of subjects.
+    """
+    check_prefix(prefix)
+    root = Path(folder_paths.get_output_directory()) / SUBJECTS
+    root.mkdir(parents=True, exist_ok=True)
+    prefix = portable(prefix)
+    _check_inside(root, root / os.path.dirname(prefix))
+    folder, name, number, _, _ = folder_paths.get_save_image_path(prefix, str(root))
+    _check_inside(root, Path(folder))
+    while True:
+        path = Path(folder) / f"{name}_{number:05}_{SUFFIX}"
+        try:
+            save_subject(subject, path)
+            return path
+        except FileExistsError:  # someone else was quicker
+            number += 1
+
+
+def check_prefix(prefix: str) -> None:
+    """See `check_new_name`."""
+    check_new_name("filename_prefix", prefix, f"output/{SUBJECTS}")
+
+
+def _check_inside(root: Path, folder: Path) -> None:
+    if not folder.resolve().is_relative_to(root.resolve()):
+        raise ValueError(
+            f"filename_prefix leads to {folder.resolve()}, which is outside {root}: there is a link on the way. "
+            "Choose another subfolder, or make the whole folder a link."
+        )
+
+
+def save_subject(subject: Subject, path: Path) -> None:
+    """Write a subject to a new `.safetensors` file, which appears only once it is complete.
+
+    Raises:
+        FileExistsError: The file is there, or another thread or process is just writing it.
+    """
+    tensors = {
+        "embedding": subject.embedding.contiguous(),
+        "images": subject.images.contiguous(),
+        "masks": subject.masks.to(torch.uint8).contiguous(),
+    }
+    metadata = {
+        "format": FORMAT,
+        "version": str(FORMAT_VERSION),
+        "subject": subject.word,
+        "prompt": subject.prompt,
+        "adapter": subject.adapter_identity,
+    }
+    with written_whole(path, new=True) as partial:
+        save_file(tensors, partial, metadata)
+
+
+def load_subject(path: Path) -> Subject:
+    """Read a saved subject.
+
+    Raises:
+        ValueError: The file is unreadable, of another kind, of a newer format version, or has wrong content.
+    """
+    header = read_header(path)
+    _check_format(header.metadata, path)
+    _check_shapes(header, path)
+    tensors = read_safetensors(path)
+    embedding, images, masks = (tensors[name] for name in NAMES)
+    if not embedding.isfinite().all():
+        raise ValueError(f"{path}: the embedding holds NaN or infinite values.")
+    if not masks.flatten(1).any(dim=1).all():
+        raise ValueError(f"{path}: a mask is empty.")
+    return Subject(
+        embedding=embedding,
+        word=header.metadata["subject"],
+        prompt=header.metadata["prompt"],
+        images=images,
+        masks=masks > 0,
+        adapter_identity=header.metadata["adapter"],
+    )
+
+
+def _check_format(metadata: dict[str, str], path: Path) -> None:
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a saved MoMA subject (format {metadata.get('format')!r}).")
+    version = metadata.get("version", "")
+    if version != str(FORMAT_VERSION):
+        raise ValueError(
+            f"{path} has format version {version!r}; this version of the pack reads {FORMAT_VERSION}. "
+            "Update ComfyUI-MoMA, or save the subject again."
+        )
+    missing = [key for key in ("subject", "prompt", "adapter") if key not in metadata]
+    if missing:
+        raise ValueError(f"{path} lacks the entry {missing[0]!r}; save the subject again.")
+    if not metadata["subject"].strip():
+        raise ValueError(f"{path} has no subject word; save the subject again.")
+
+
+def _check_shapes(header: Header, path: Path) -> None:
+    """Check what the header says of the tensors, before they are read."""
+    if sorted(header.tensors) != list(NAMES):
+        found = ", ".join(name[:60] for name in sorted(header.tensors)[:8]) or "nothing"
+        raise ValueError(f"{path} should hold embedding, images and masks, found {found}.")
+    dtypes, shapes = ({name: header.tensors[name][i] for name in NAMES} for i in (0, 1))
+    count = (shapes["images"] or (0,))[0]
+    width = (shapes["embedding"] or (0,))[-1]
+    expected = {
+        "embedding": ("F32", (1, width), "[1, size]"),
+        "images": ("U8", (count, SIZE, SIZE, 3), f"[pictures, {SIZE}, {SIZE}, 3]"),
+        "masks": ("U8", (count, SIZE, SIZE), f"[pictures, {SIZE}, {SIZE}], one for each of {count} images"),
+    }
+    for name, (dtype, shape, words) in expected.items():
+        if dtypes[name] != dtype or shapes[name] != shape or 0 in shape:
+            raise ValueError(
+                f"{path}: {name} is {dtypes[name]} {shapes[name]}, expected {dtype} {words}. Save the subject again."
+            )
