@@ -1,1 +1,1 @@
-"""The MoMA method (arXiv 2404.05674). Only `comfy_bridge` and the model loaders know ComfyUI."""
+"""MoMA (arXiv 2404.05674), one folder for each thing that happens; imports run from `sampling` down to `host`."""

@@ -1,4 +1,7 @@
-"""Command line: convert `attn_adapters_projectors.th` to `.safetensors` (`python -m moma_modules.convert_adapter`)."""
+"""Command line: convert `attn_adapters_projectors.th` to `.safetensors` (`python -m moma_modules.convert_adapter`).
+
+The source is kept. ComfyUI reads either form; that of `.safetensors` cannot hold code.
+"""
 
 import argparse
 from pathlib import Path
@@ -8,7 +11,9 @@ from .adapter.file import convert_adapter
 
 def main() -> None:
     """Convert the file named on the command line; the source is kept."""
-    parser = argparse.ArgumentParser(prog="python -m moma_modules.convert_adapter", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m moma_modules.convert_adapter", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("source", type=Path, help="attn_adapters_projectors.th")
     parser.add_argument("target", type=Path, nargs="?", help="default: the source's name with .safetensors")
     args = parser.parse_args()

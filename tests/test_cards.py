@@ -336,7 +336,7 @@ def test_only_a_live_mask_makes_the_host_wait_within_steps(
     with CurrentNodeContext("a prompt", "7"):
         _, _, record = run(scene, models(torch.float32), adapter)
     assert bool(client.pictures) == asked and client.texts
-    expected = {"cuda to cpu at moma_modules/pictures.py:picture": len(client.pictures)} if asked else {}
+    expected = {"cuda to cpu at moma_modules/host/pictures.py:picture": len(client.pictures)} if asked else {}
     assert record.ours(in_step=True) == expected
 
 

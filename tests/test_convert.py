@@ -20,8 +20,7 @@ import torch
 from bootstrap import ROOT
 from comfyui_moma.moma_modules.adapter.loading import adapter_names
 from comfyui_moma.moma_modules.host.folders import MODELS
-from comfyui_moma.moma_modules.host.weight_files import Reader, read_mapped
-from comfyui_moma.moma_modules.mllm.checkpoint import read_checkpoint
+from comfyui_moma.moma_modules.mllm.checkpoint import Reader, read_checkpoint, read_mapped
 from comfyui_moma.moma_modules.mllm.checkpoint_files import find_checkpoints
 from comfyui_moma.moma_modules.mllm.convert import PRECISIONS, convert_mllm
 from comfyui_moma.moma_modules.mllm.loading import load_mllm, mllm_choices, read_as_comfyui

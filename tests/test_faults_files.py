@@ -241,7 +241,7 @@ def test_a_broken_safetensors_file_is_refused_by_name(tmp_path: Path, kind: str)
     HEADERS[kind](path)
     with pytest.raises(ValueError, match=r"broken\.safetensors is not a readable \.safetensors file"):
         read_adapter(path)
-    with pytest.raises(ValueError, match=r"broken\.safetensors is not a readable saved subject"):
+    with pytest.raises(ValueError, match=r"broken\.safetensors is not a readable \.safetensors file"):
         load_subject(path)
 
 
@@ -396,8 +396,8 @@ import sys
 from bootstrap import bootstrap
 bootstrap()
 import folder_paths
-from comfyui_moma.moma_modules.comfy_bridge.saving import save_numbered
-from comfyui_moma.moma_modules.subject import load_subject
+from comfyui_moma.moma_modules.subject.file import save_numbered
+from comfyui_moma.moma_modules.subject.file import load_subject
 from pathlib import Path
 folder_paths.set_output_directory(sys.argv[1])
 subject = load_subject(Path(sys.argv[2]))

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from bootstrap import ROOT
-from comfyui_moma.moma_modules.adapter.file import convert_adapter, read_adapter
+from comfyui_moma.moma_modules.adapter.file import convert_adapter, is_adapter, read_adapter
 from comfyui_moma.moma_modules.adapter.loading import load_adapter
 from comfyui_moma.moma_modules.host.disk import locked
-from comfyui_moma.moma_modules.host.weight_files import ADAPTER, kind_of, readable
+from comfyui_moma.moma_modules.host.weight_files import readable
 from comfyui_moma.moma_modules.subject.file import load_subject, save_subject
 from comfyui_moma.nodes.subject import SaveSubject
 from safetensors import safe_open
@@ -44,7 +44,7 @@ def test_the_converted_adapter_is_the_same(adapter_path: Path) -> None:
     assert done.returncode == 0 and target.name in done.stdout, done.stderr
     assert adapter_path.read_bytes() == before and not list(adapter_path.parent.glob("*.part"))
     old, new = read_adapter(adapter_path), read_adapter(target)
-    assert kind_of(target) == ADAPTER and new.identity == old.identity and new.scales == old.scales
+    assert is_adapter(target) and new.identity == old.identity and new.scales == old.scales
     assert old.tensors.keys() == new.tensors.keys()
     assert all(torch.equal(old.tensors[key], new.tensors[key]) for key in old.tensors)
     assert {tensor.dtype for tensor in new.tensors.values()} == {torch.float16}
@@ -195,7 +195,7 @@ def test_a_truncated_subject_is_refused(subject: Any, tmp_path: Path) -> None:
     path = tmp_path / "cup.safetensors"
     save_subject(subject, path)
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"cup\.safetensors is not a readable saved subject"):
+    with pytest.raises(ValueError, match=r"cup\.safetensors is not a readable \.safetensors file"):
         load_subject(path)
 
 

@@ -83,12 +83,6 @@ def test_all_that_is_used_of_comfyui_is_named() -> None:
     assert not unexplained, f"{TABLE.name} does not say what these need ComfyUI for: {unexplained}"
 
 
-def test_the_method_itself_needs_no_comfyui() -> None:
-    """Only the bridge, the nodes and the two modules in ComfyUI's memory management do."""
-    allowed = ("moma_modules/comfy_bridge/", "moma_modules/mllm/", "nodes/", "moma_modules/adapter.py")
-    assert [file for file in all_used() if not file.startswith(allowed)] == []
-
-
 @pytest.mark.parametrize("name", sorted(set().union(*named().values())))
 def test_it_is_there_in_this_comfyui(name: str) -> None:
     assert _found(name) is not None

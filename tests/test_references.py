@@ -13,6 +13,7 @@ import pytest
 import torch
 from comfyui_moma.moma_modules.sampling.caches import caches_of
 from comfyui_moma.moma_modules.sampling.patching import settings_of
+from comfyui_moma.moma_modules.sampling.reference import encode_reference
 from comfyui_moma.moma_modules.subject.subject import combine_subjects
 from comfyui_moma.nodes.patches import SelfAttnShortcut
 from scene import CONTEXT, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
@@ -191,7 +192,7 @@ def test_kept_encodings_are_bounded_and_keep_no_vae(adapter: Any) -> None:
     one, two, three = (tiny_subject(adapter, seed=seed) for seed in (1, 2, 3))
     with encodings(vae, clip) as seen:
         for subject in (one, two, one, three, one, two):
-            kept.encode(subject, vae, clip)
+            encode_reference(adapter, subject, vae, clip)
     assert seen.count("picture") == 4
     gone = weakref.ref(vae)
     del vae

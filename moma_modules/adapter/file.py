@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..host.disk import content_hash, written_whole
@@ -43,7 +43,7 @@ class AdapterWeights:
 def is_adapter(path: Path) -> bool:
     """Whether a file looks like an adapter, as far as its header tells; `.th` files have none."""
     found = summary(path) if path.suffix == ".safetensors" else None
-    return path.suffix == ".th" or (found is not None and found.groups >= set(_MODULES))
+    return path.suffix == ".th" or (found is not None and "projectors" in found.groups)
 
 
 def read_adapter(path: Path) -> AdapterWeights:
@@ -66,7 +66,7 @@ def convert_adapter(source: Path, target: Path) -> AdapterWeights:
     weights = _checked(raw, source)
     metadata = {"format": "moma_adapter", "version": "1"}
     with written_whole(target) as partial:
-        save_file({key: value.contiguous() for key, value in raw.items()}, partial, metadata=metadata)
+        partial.write_bytes(save({key: value.contiguous() for key, value in raw.items()}, metadata))
         if _checked(_read_safetensors(partial), partial).identity != weights.identity:
             raise ValueError(f"{target} did not read back as written; {source} is unchanged.")
     return weights

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..host.disk import content_hash, written_whole
@@ -49,7 +49,7 @@ class HiddenStateCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with written_whole(path) as partial:
-                save_file({"hidden": hidden.contiguous()}, partial, metadata={"format": _FORMAT})
+                partial.write_bytes(save({"hidden": hidden.contiguous()}, {"format": _FORMAT}))
             self._prune()
         except OSError as error:
             warn(f"MoMA could not keep a hidden state in {self.folder}: {error}")

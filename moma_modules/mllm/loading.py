@@ -185,9 +185,17 @@ def load_checkpoint(checkpoint: Checkpoint, plan: Plan, device: torch.device) ->
 
     Args:
         device: Where it will compute.
+
+    Raises:
+        RuntimeError: transformers' models have other weights.
     """
     weights = dict(_prefixed(checkpoint))
     module = MllmModule(checkpoint.language_shape, checkpoint.vision_shape)
+    differing = set(module.state_dict()) ^ {key for key in weights if not key.endswith(SCALE_SUFFIX)}
+    if differing:
+        raise RuntimeError(
+            f"This version of transformers builds LLaMA or CLIP in a way that the pack does not know: {min(differing)}."
+        )
     use_comfy_leaves(module, plan.compute_dtype, lambda key: _linear(key, weights, plan.storage))
     progress = comfy.utils.ProgressBar(len(weights))
     for key in list(weights):
@@ -213,17 +221,9 @@ def _linear(key: str, weights: dict[str, Tensor], storage: str | None) -> type[C
 
 
 def _fill(module: MllmModule, key: str, weights: dict[str, Tensor], compute_dtype: torch.dtype) -> None:
-    """Give one weight to its leaf. Assigned, not copied: a matrix in the file's dtype needs no memory.
-
-    Raises:
-        RuntimeError: transformers' models have no place for it.
-    """
+    """Give one weight to its leaf. Assigned, not copied: a matrix in the file's dtype needs no memory."""
     owner_name, _, name = key.rpartition(".")
-    owner, tensor = dict(module.named_modules()).get(owner_name), weights[key]
-    if owner is None or (getattr(owner, name, None) is None and not name.endswith(SCALE_SUFFIX)):
-        raise RuntimeError(
-            f"This version of transformers builds LLaMA or CLIP in a way that the pack does not know: {key}."
-        )
+    owner, tensor = module.get_submodule(owner_name), weights[key]
     parts = {name: tensor}
     if name == "weight" and isinstance(owner, PackingLinear):
         packed, scale = owner.pack(tensor)

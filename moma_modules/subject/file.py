@@ -5,7 +5,7 @@ from pathlib import Path
 
 import folder_paths
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ..host.disk import SUFFIX, check_new_name, portable, written_whole
 from ..host.folders import SUBJECTS, file_names, file_path, searched
@@ -97,7 +97,7 @@ def save_subject(subject: Subject, path: Path) -> None:
         "adapter": subject.adapter_identity,
     }
     with written_whole(path, new=True) as partial:
-        save_file(tensors, partial, metadata)
+        partial.write_bytes(save(tensors, metadata))
 
 
 def load_subject(path: Path) -> Subject:
