@@ -80,7 +80,7 @@ def save(prefix: Any) -> Prompt:
     [
         ("code.th", r"code\.th was refused: .*holds code instead of weights\. Nothing in it was run"),
         ("pickle.th", r"pickle\.th was refused: .*holds code instead of weights"),
-        ("cut.th", r"cut\.th is not a readable PyTorch file \(truncated download\?\)"),
+        ("cut.th", r"cut\.th \(\d+ bytes\) is not a readable PyTorch file \(truncated download\?\)"),
         ("lora.th", r"lora\.th is not a MoMA adapter: group 'projectors' is missing \(found: lora_unet_x"),
         ("part.safetensors", r"part\.safetensors is not a complete MoMA adapter: key 'projectors\.proj\.bias'"),
     ],
@@ -94,7 +94,7 @@ def test_a_bad_adapter(server: ComfyServer, name: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("page.safetensors", r"page\.safetensors is not a readable saved subject"),
+        ("page.safetensors", r"page\.safetensors is not a readable \.safetensors file"),
         ("lora.safetensors", r"lora\.safetensors is not a saved MoMA subject \(format None\)"),
         ("future.safetensors", "has format version '99'; this version of the pack reads 1. Update ComfyUI-MoMA"),
     ],

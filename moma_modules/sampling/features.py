@@ -70,6 +70,13 @@ class SubjectRun:
 def subject_run(
     entry: SubjectSettings, guider: Any, options: dict[str, Any], noise: Tensor, where: Whereabouts
 ) -> SubjectRun:
+    """What a subject adds in a run whose model is loaded: projected, looked at, placed.
+
+    Args:
+        guider: The run's.
+        options: Its transformer options.
+        noise: [B, C, h, w]; the run's canvas and device.
+    """
     model, key = guider.inner_model, entry.subject.key
     image_tokens, shortcut = entry.image_tokens, entry.shortcut
     tokens: ImageTokenLayers | None = None
