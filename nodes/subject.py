@@ -134,7 +134,7 @@ class ExtractSubject(io.ComfyNode):
                 f"adapter {adapter.name} takes hidden states of size {adapter.sizes.hidden}, but mllm {mllm.name} has "
                 f"{mllm.hidden_size}: they do not belong together. Use both files of the MoMA release."
             )
-        references = prepare_references(image, mask, fit, mask_threshold)
+        references = prepare_references(image, mask, fit, mask_threshold, adapter.reference_size)
         text = "\n".join([coverage(references.masks), *references.notes])
         show_text(text)  # before the language model runs: there may be a reason to stop
         spoken = plain_text(word), plain_text(prompt)  # emphasis is for CLIP; the MLLM reads words

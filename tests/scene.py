@@ -24,7 +24,7 @@ def tiny_adapter(**changes: Any) -> Any:
 
 
 def tiny_subject(adapter: Any, word: str = "car", seed: int = 5, size: int = 64) -> Any:
-    """A subject whose mask is the left half of the reference; one that can be saved has size 512."""
+    """A subject whose mask is the left half of the reference."""
     from comfyui_moma.moma_modules.subject.subject import Subject
 
     masks = torch.zeros(1, size, size, dtype=torch.bool)

@@ -16,6 +16,7 @@ from comfyui_moma.moma_modules.adapter.loading import load_adapter
 from comfyui_moma.moma_modules.host.disk import locked
 from comfyui_moma.moma_modules.host.weight_files import readable
 from comfyui_moma.moma_modules.subject.file import load_subject, save_subject
+from comfyui_moma.moma_modules.subject.reference_image import prepare_references
 from comfyui_moma.nodes.subject import SaveSubject
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -85,6 +86,32 @@ def test_sizes_come_from_the_file(adapter_path: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):  # computed in the dtype of the input, whatever is stored
         assert adapter.module.projector(torch.zeros(2, 8, dtype=dtype)).dtype == dtype
     assert adapter.map_hidden_state(torch.ones(1, 16)).shape == (1, 8)
+
+
+@pytest.mark.parametrize("form", ["th", "safetensors"])
+def test_the_side_of_references_comes_from_the_file(adapter_path: Path, form: str) -> None:
+    plain = read_adapter(adapter_path)
+    assert plain.reference_size == 512
+    torch.save({**torch.load(adapter_path), "reference_size": torch.tensor([128.0])}, adapter_path)
+    if form == "safetensors":
+        convert_adapter(adapter_path, adapter_path.with_suffix(".safetensors"))
+    adapter = load_adapter(adapter_path.with_suffix(f".{form}"))
+    assert adapter.reference_size == 128 and adapter.identity != plain.identity
+    references = prepare_references(torch.rand(1, 40, 60, 3), None, size=adapter.reference_size)
+    assert references.images.shape == (1, 128, 128, 3)
+
+
+@pytest.mark.parametrize("size", [[0.0], [100.0], [128.0, 128.0], [float("nan")], [1e9]])
+def test_a_side_that_no_reference_can_have_is_refused(adapter_path: Path, size: list[float]) -> None:
+    torch.save({**torch.load(adapter_path), "reference_size": torch.tensor(size)}, adapter_path)
+    with pytest.raises(ValueError, match=r"reference_size is \[.*\], expected one number of pixels, a multiple of 64"):
+        read_adapter(adapter_path)
+
+
+def test_subjects_of_any_side_are_saved(tmp_path: Path) -> None:
+    subject = tiny_subject(tiny_adapter())
+    save_subject(subject, tmp_path / "small.safetensors")
+    assert load_subject(tmp_path / "small.safetensors").images.shape == (1, 64, 64, 3)
 
 
 def _edit(change: Callable[[Groups], Any]) -> Callable[[Path], None]:

@@ -19,6 +19,10 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.fl
 _MODULES = {"projectors": "projector.", "self_cross_attentions": "layers.", "llm_mapping": ""}
 """The groups of a file, and how the names of their weights begin in `AdapterModule`."""
 _SCALE = "scale_learnable"
+_REFERENCE_SIZE = "reference_size"
+"""An entry beside the groups, one number; the released file has none."""
+_RELEASED_REFERENCE_SIZE = 512
+_REFERENCE_SIZES = range(64, 2049, 64)
 _PROJECTOR_KEYS = ("proj.weight", "proj.bias", "norm.weight", "norm.bias")
 _MAPPING_KEYS = ("mapping.gate_proj.weight", "mapping.up_proj.weight", "mapping.down_proj.weight")
 
@@ -31,12 +35,14 @@ class AdapterWeights:
         tensors: By their names in `AdapterModule`.
         sizes: As the file implies them.
         scales: `scale_learnable` of the 16 self-attention layers, in layer order.
+        reference_size: Side in pixels of the references that it was trained with.
         identity: SHA-256 over names, dtypes, shapes and bytes; the same for a `.th` and its conversion.
     """
 
     tensors: dict[str, Tensor]
     sizes: AdapterSizes
     scales: tuple[float, ...]
+    reference_size: int
     identity: str
 
 
@@ -95,6 +101,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         if not isinstance(groups[group], Mapping):
             raise ValueError(f"{path}: group {group!r} holds a {type(groups[group]).__name__}, not named tensors.")
         flat |= {f"{group}.{key}": value for key, value in groups[group].items() if isinstance(key, str)}
+    if _REFERENCE_SIZE in groups:
+        flat[_REFERENCE_SIZE] = groups[_REFERENCE_SIZE]
     return _usable({key: flat[name] for key, name in _sources(flat, path).items()}, path)
 
 
@@ -110,6 +118,8 @@ def _sources(names: Collection[str], path: Path) -> dict[str, str]:
         # The released file prefixes these with the module path they were trained under.
         matches = [name for name in names if name.startswith("llm_mapping.") and name.endswith(key)]
         wanted[f"llm_mapping.{key}"] = matches[0] if matches else f"llm_mapping.{key}"
+    if _REFERENCE_SIZE in names:
+        wanted[_REFERENCE_SIZE] = _REFERENCE_SIZE
     missing = [name for name in wanted.values() if name not in names]
     if missing:
         raise ValueError(f"{path} is not a complete MoMA adapter: key {missing[0]!r} is missing.")
@@ -138,6 +148,9 @@ def _checked(raw: dict[str, Tensor], path: Path) -> AdapterWeights:
         hidden=_size(raw, "llm_mapping.mapping.gate_proj.weight", 2, 1, path),
         layers=tuple(_size(raw, f"self_cross_attentions.{i}.to_k_ip.weight", 2, 0, path) for i in range(LAYER_COUNT)),
     )
+    identity = content_hash(*(part for key in sorted(raw) for part in (f"{key}|", raw[key])))
+    raw = dict(raw)
+    reference_size = _reference_size(raw.pop(_REFERENCE_SIZE, None), path)
     networks = AdapterModule(sizes, device="meta", dtype=None, operations=nn).state_dict()
     tensors, scales = {}, []
     for key, tensor in raw.items():
@@ -151,8 +164,18 @@ def _checked(raw: dict[str, Tensor], path: Path) -> AdapterWeights:
             scales.append(float(tensor))
         else:
             tensors[_MODULES[group] + name] = tensor
-    identity = content_hash(*(part for key in sorted(raw) for part in (f"{key}|", raw[key])))
-    return AdapterWeights(tensors, sizes, tuple(scales), identity)
+    return AdapterWeights(tensors, sizes, tuple(scales), reference_size, identity)
+
+
+def _reference_size(found: Tensor | None, path: Path) -> int:
+    if found is None:
+        return _RELEASED_REFERENCE_SIZE
+    if found.numel() != 1 or float(found) not in _REFERENCE_SIZES:
+        raise ValueError(
+            f"{path}: {_REFERENCE_SIZE} is {found.flatten().tolist()[:4]}, expected one number of pixels, a multiple "
+            f"of {_REFERENCE_SIZES.step} from {_REFERENCE_SIZES[0]} to {_REFERENCE_SIZES[-1]}."
+        )
+    return int(found)
 
 
 def _size(raw: dict[str, Tensor], key: str, dimensions: int, which: int, path: Path) -> int:

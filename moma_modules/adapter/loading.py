@@ -28,6 +28,7 @@ class Adapter:
         identity: Content hash, see `AdapterWeights.identity`.
         scales: `scale_learnable` per self-attention layer (16).
         sizes: Of its networks.
+        reference_size: Side in pixels of the references that it takes.
     """
 
     patcher: comfy.model_patcher.ModelPatcher
@@ -35,6 +36,7 @@ class Adapter:
     identity: str
     scales: tuple[float, ...]
     sizes: AdapterSizes
+    reference_size: int
 
     @property
     def module(self) -> AdapterModule:
@@ -80,7 +82,7 @@ def adapter_from_weights(weights: AdapterWeights, name: str, dynamic: bool = Tru
     patcher = kind(module, load_device=comfy.model_management.get_torch_device(), offload_device=offload_device)
     module.load_state_dict(weights.tensors, assign=True)
     module.requires_grad_(False)
-    return Adapter(patcher, name, weights.identity, weights.scales, weights.sizes)
+    return Adapter(patcher, name, weights.identity, weights.scales, weights.sizes, weights.reference_size)
 
 
 def adapter_names() -> list[str]:

@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 OUTLINE = (255, 0, 200)
-OUTLINE_WIDTH = 5
+OUTLINE_SHARE = 0.01
+"""Width of an outline, of the picture's height."""
 GAP = 8
 LABEL = 28
 PAPER, INK = "white", "black"
@@ -120,9 +121,11 @@ def _captioned(below: Image.Image, text: str) -> Image.Image:
 def _edge(inside: np.ndarray) -> np.ndarray:
     """[H, W] bool: a band along the border of the mask, also where that is the picture's own."""
     values = torch.from_numpy(inside).float()[None, None]
-    padded = torch.nn.functional.pad(values, [OUTLINE_WIDTH // 2] * 4)
-    low = -torch.nn.functional.max_pool2d(-padded, OUTLINE_WIDTH, stride=1)
-    high = torch.nn.functional.max_pool2d(padded, OUTLINE_WIDTH, stride=1)
+    margin = max(1, round(inside.shape[0] * OUTLINE_SHARE / 2) - 1)
+    width = 2 * margin + 1
+    padded = torch.nn.functional.pad(values, [margin] * 4)
+    low = -torch.nn.functional.max_pool2d(-padded, width, stride=1)
+    high = torch.nn.functional.max_pool2d(padded, width, stride=1)
     return (high - low)[0, 0].numpy() > 0
 
 

@@ -10,7 +10,6 @@ from safetensors.torch import save
 from ..host.disk import SUFFIX, check_new_name, portable, written_whole
 from ..host.folders import SUBJECTS, file_names, file_path, searched
 from ..host.weight_files import Header, read_header, read_safetensors
-from .reference_image import SIZE
 from .subject import Subject
 
 
@@ -147,12 +146,12 @@ def _check_shapes(header: Header, path: Path) -> None:
         found = ", ".join(name[:60] for name in sorted(header.tensors)[:8]) or "nothing"
         raise ValueError(f"{path} should hold embedding, images and masks, found {found}.")
     dtypes, shapes = ({name: header.tensors[name][i] for name in NAMES} for i in (0, 1))
-    count = (shapes["images"] or (0,))[0]
+    count, side = (*shapes["images"], 0, 0)[:2]
     width = (shapes["embedding"] or (0,))[-1]
     expected = {
         "embedding": ("F32", (1, width), "[1, size]"),
-        "images": ("U8", (count, SIZE, SIZE, 3), f"[pictures, {SIZE}, {SIZE}, 3]"),
-        "masks": ("U8", (count, SIZE, SIZE), f"[pictures, {SIZE}, {SIZE}], one for each of {count} images"),
+        "images": ("U8", (count, side, side, 3), "[pictures, size, size, 3]"),
+        "masks": ("U8", (count, side, side), f"[pictures, {side}, {side}], one for each of {count} images"),
     }
     for name, (dtype, shape, words) in expected.items():
         if dtypes[name] != dtype or shapes[name] != shape or 0 in shape:

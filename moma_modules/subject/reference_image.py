@@ -1,4 +1,4 @@
-"""From ComfyUI's image and mask tensors to the 512x512 reference that MoMA works on."""
+"""From ComfyUI's image and mask tensors to the square reference that MoMA works on."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .reference_mask import DEFAULT_THRESHOLD, CutMask, covers_border, cut_mask, mask_from_alpha, mask_notes
 
-SIZE = 512
 FITS = ("squash", "pad", "crop")
 """How a non-square reference becomes square. The released code squashes."""
 
@@ -19,8 +18,8 @@ class References:
     """N reference pictures.
 
     Attributes:
-        images: [N, 512, 512, 3] uint8.
-        masks: [N, 512, 512] bool, True on the subject.
+        images: [N, S, S, 3] uint8.
+        masks: [N, S, S] bool, True on the subject.
         notes: What the user should know of how they were made, a sentence or two each.
     """
 
@@ -30,7 +29,11 @@ class References:
 
 
 def prepare_references(
-    image: Tensor, mask: Tensor | None, fit: str = "squash", threshold: float = DEFAULT_THRESHOLD
+    image: Tensor,
+    mask: Tensor | None,
+    fit: str = "squash",
+    threshold: float = DEFAULT_THRESHOLD,
+    size: int = 512,
 ) -> References:
     """Make the references from an IMAGE and a MASK.
 
@@ -41,6 +44,7 @@ def prepare_references(
             one (see `mask_from_alpha`), else the whole picture.
         fit: One of `FITS`: "squash" ignores the aspect ratio, "pad" adds white, "crop" cuts around the subject.
         threshold: Where soft masks are cut, see `cut_mask`.
+        size: S, the side of the references in pixels, as the adapter has it.
 
     Raises:
         ValueError: Naming the input: no picture, numbers of masks and of pictures that do not fit, a wrong shape, NaN,
@@ -54,7 +58,7 @@ def prepare_references(
     for i, (pixels, own) in enumerate(zip(pictures, masks, strict=True)):
         which = "" if len(pictures) == 1 else f" for picture {i + 1} of {len(pictures)}"
         colours, cut, marked_by, about = _subject(pixels, own, threshold, which)
-        square = _square(colours, cut.stencil, fit)
+        square = _square(colours, cut.stencil, size, fit)
         _refuse_empty(square[1], which)
         blank = check_content(colours, cut, marked_by, which)
         squares.append(square)
@@ -94,13 +98,13 @@ def _together(said: list[list[str]]) -> list[str]:
     return notes
 
 
-def _square(colours: np.ndarray, mask: np.ndarray, fit: str) -> tuple[np.ndarray, np.ndarray]:
-    """One picture [H, W, 3] and its mask [h, w], both uint8, to [512, 512, 3] uint8 and [512, 512] bool."""
+def _square(colours: np.ndarray, mask: np.ndarray, side: int, fit: str) -> tuple[np.ndarray, np.ndarray]:
+    """One picture [H, W, 3] and its mask [h, w], both uint8, to [S, S, 3] uint8 and [S, S] bool."""
     picture, stencil = Image.fromarray(colours, "RGB"), Image.fromarray(mask, "L")
     if fit != "squash":
         stencil = stencil.resize(picture.size, Image.Resampling.BILINEAR)
         picture, stencil = (_pad if fit == "pad" else _crop)(picture, stencil)
-    size = (SIZE, SIZE)
+    size = (side, side)
     square = np.asarray(picture.resize(size, Image.Resampling.BILINEAR))
     inside = np.asarray(stencil.resize(size, Image.Resampling.BILINEAR)) > 0
     return square, inside

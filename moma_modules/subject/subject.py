@@ -18,8 +18,8 @@ class Subject:
         embedding: [1, 1024] float32 on the CPU: the mapped hidden state of the MLLM.
         word: The subject word(s), as in "car" or "stuffed animal".
         prompt: The prompt it was extracted for.
-        images: References [N, 512, 512, 3] uint8, background included.
-        masks: [N, 512, 512] bool, True on the subject.
+        images: References [N, S, S, 3] uint8, background included; S is the adapter's `reference_size`.
+        masks: [N, S, S] bool, True on the subject.
         adapter_identity: Content hash of the adapter whose mapping made the embedding.
         draw: What decided the choices in its texts (`choices.py`), for those of its prompts; empty if it had none.
         runs: The masks of runs with this subject, of this process.
