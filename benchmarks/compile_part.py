@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 from measure import sampling_run, summary, timed_rounds, with_steps
-from scene import compiled
 from session import Session
 from workload import Scene, moma_model, prompts
+
+from workbench.scene import compiled
 
 CASES = ("all",)
 

@@ -17,7 +17,7 @@ STEPS = 2
 
 def measure(session: Session, case: str) -> dict[str, Any]:
     """Memory growth in KiB per run, and what there was to count after the first and after the last run."""
-    from scene import sample
+    from workbench.scene import sample
 
     workload, scene = load_workload(TINY.tiny, session.dtype), Scene()
     positive, negative = prompts(workload, scene)
@@ -51,7 +51,8 @@ def result(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _patched_again(workload: Workload, scene: Scene) -> Any:
     from comfyui_moma.moma_modules.sampling.patching import settings_of
-    from scene import moma
+
+    from workbench.scene import moma
 
     model = moma_model(workload, scene).clone()
     for entry in settings_of(model).subjects:

@@ -11,9 +11,10 @@ import torch
 from comfyui_source import cache_dir
 from measure import CFG
 from memory import MemoryMeter
-from random_weights import SD15, sd15_checkpoint
 from session import Session
 from workload import PICTURE, WORD, Scene, Workload, moma_model, prompts, random_adapter, subjects
+
+from workbench.random_weights import SD15, sd15_checkpoint
 
 STEPS = 2
 

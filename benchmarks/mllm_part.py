@@ -21,7 +21,8 @@ from workload import PICTURE, WORD
 
 if TYPE_CHECKING:
     from comfyui_moma.moma_modules.mllm.loading import Mllm
-    from random_weights import LlavaSize
+
+    from workbench.random_weights import LlavaSize
 
 BASELINE = "fp32"
 ON_A_CPU = (BASELINE, "bf16")
@@ -45,7 +46,7 @@ def measure(session: Session, case: str) -> dict[str, Any]:
 
     Or `refused`, the message, where a precision needs what is not there.
     """
-    from random_weights import FULL_LLAVA, SMALL_LLAVA, llava_folder
+    from workbench.random_weights import FULL_LLAVA, SMALL_LLAVA, llava_folder
 
     found = _CASE.fullmatch(case)
     assert found is not None
@@ -115,7 +116,7 @@ def _largest_product(mllm: "Mllm", size: "LlavaSize") -> float:
 
 
 def _extrapolated(few: dict[str, dict[str, Any]], more: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    from random_weights import FULL_LLAVA
+    from workbench.random_weights import FULL_LLAVA
 
     def at_full(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
         if "refused" in first:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from measure import CFG, SCHEDULE, Step
-from tiny_models import seeded, unet_config
 from torch import Tensor, autocast
 from workload import TEXT_LENGTH, Scene, Workload, subjects
+
+from workbench.tiny_models import seeded, unet_config
 
 IMAGE_TOKENS = 4
 WORD_TOKENS = [[4]]

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = [str(ROOT / name) for name in ("benchmarks", "tests", "scripts")]
+FOLDERS = [str(ROOT / name) for name in ("benchmarks", "scripts")]
 sys.path[:0] = FOLDERS
 
-from comfyui_source import SetupError
+from comfyui_source import SetupError, add_workbench
 from setup_env import environment
 from table import NAMES, rows, text_table
 
@@ -69,6 +69,7 @@ def work(options: argparse.Namespace, cases: list[tuple[str, str]]) -> dict[str,
 
 def run_inside(options: argparse.Namespace) -> dict[str, Any]:
     """With ComfyUI's Python: all parts, one process after another."""
+    add_workbench()
     import torch
     from parts import PARTS, SHARED
     from plan import plan_for

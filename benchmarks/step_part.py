@@ -7,9 +7,10 @@ import torch
 from measure import Opener, sampling_run, summary, timed_rounds, with_steps
 from memory import memory_of_steps
 from released_moma import released_steps
-from scene import masks_of
 from session import Session
 from workload import Scene, moma_model, prompts
+
+from workbench.scene import masks_of
 
 CASES = ("all",)
 

@@ -1,6 +1,6 @@
 """One process of the benchmark: measures some cases with ComfyUI and writes what it found as JSON.
 
-`run.py` starts it, with ComfyUI's Python and the folders benchmarks, tests and scripts on the path.
+`run.py` starts it, with ComfyUI's Python and the folders benchmarks and scripts on the path.
 """
 
 import argparse
@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bootstrap import bootstrap, comfyui_path
+from comfyui_source import add_workbench
+
+add_workbench()
+from workbench.bootstrap import bootstrap, comfyui_path
 
 
 def start_comfyui() -> None:

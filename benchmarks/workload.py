@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_weights import EMBEDDING, HIDDEN, SD15
-from tiny_models import TINY, adapter_groups, seeded, tiny_model
+
+from workbench.random_weights import EMBEDDING, HIDDEN, SD15
+from workbench.tiny_models import TINY, adapter_groups, seeded, tiny_model
 
 TEXT_LENGTH = 77
 WORD = "car"
@@ -110,7 +111,7 @@ def shortcut(workload: Workload, scene: Scene) -> Any:
 
 def moma_model(workload: Workload, scene: Scene, apply: bool = True, with_shortcut: bool = True) -> Any:
     """The workload's model with MoMA on it."""
-    from scene import moma
+    from workbench.scene import moma
 
     model = workload.model
     for subject in subjects(workload, scene):

@@ -22,12 +22,16 @@ CARRIER_VERSIONS = {
     "0.18.2": "2.0.0",
     OLDEST: "1.0.0",
 }
-EDITOR = "COMFYUI_MOMA_EDITOR"
-"""Environment variable: a folder with the editor that the tests' servers show in place of ComfyUI's own."""
 
 
 class SetupError(Exception):
     """The set-up cannot go on; the message says what was tried and what to do."""
+
+
+def add_workbench() -> None:
+    """Let `workbench` be imported. The root comes last on the path: ComfyUI has a `nodes` of its own."""
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
 
 
 def cache_dir() -> Path:

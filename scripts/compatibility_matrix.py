@@ -16,9 +16,12 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TypeVar
 
-from comfyui_source import EDITOR, NEWEST, OLDEST, ROOT, SetupError
+from comfyui_source import NEWEST, OLDEST, ROOT, SetupError, add_workbench
 from frontends import NEWEST_FRONTEND, OLDEST_FRONTEND, find_frontend
 from setup_env import Environment, environment
+
+add_workbench()
+from workbench import EDITOR
 
 PAGE = ROOT / "docs" / "compatibility_versions.md"
 CORE, BROWSER = "not slow and not browser", "browser"

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comfyui_source import ROOT, SetupError, cache_dir
+from comfyui_source import ROOT, SetupError, add_workbench, cache_dir
 from setup_env import environment
 
 INSIDE = "COMFYUI_MOMA_DEMO"
 PROMPT = ROOT / "tests" / "api" / "new_context.json"
-PHOTO, MASK = (ROOT / "tests" / "data" / "subject" / name for name in ("photo.jpg", "mask.png"))
+PHOTO, MASK = (ROOT / "workbench" / "photo" / name for name in ("photo.jpg", "mask.png"))
 CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
 MLLM = "MoMA_llava_7b"
 SD15_KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
@@ -121,7 +121,7 @@ def is_sd15(path: Path) -> bool:
 
 def random_weights(folder: Path) -> Weights:
     """Seeded random weights of the real formats; the checkpoint is kept in the cache."""
-    from random_weights import adapter_file, llava_folder, sd15_checkpoint
+    from workbench.random_weights import adapter_file, llava_folder, sd15_checkpoint
 
     adapter = adapter_file(llava_folder(folder / MLLM))
     links = {f"checkpoints/{CHECKPOINT}": sd15_checkpoint(cache_dir()), f"moma/{MLLM}": folder / MLLM}
@@ -180,13 +180,14 @@ def side_by_side(reference_image: Any, mask: Any, image: Any) -> Any:
 
 def run_inside(comfyui: Path, options: argparse.Namespace) -> None:
     """With ComfyUI's Python: find or make weights, run the graph on a server, keep the pictures."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from bootstrap import bootstrap
+    add_workbench()
+    from workbench.bootstrap import bootstrap
 
     bootstrap()
     import torch
-    from comfy_server import ComfyServer, ServerError
     from PIL import Image
+
+    from workbench.comfy_server import ComfyServer, ServerError
 
     with tempfile.TemporaryDirectory(prefix="moma-demo-") as folder:
         weights = own_weights(comfyui, options.checkpoint)

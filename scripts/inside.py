@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from comfyui_source import ROOT, SetupError
+from comfyui_source import SetupError, add_workbench
 from setup_env import environment
 
 INSIDE = "COMFYUI_MOMA_INSIDE"
@@ -13,7 +13,7 @@ INSIDE = "COMFYUI_MOMA_INSIDE"
 
 def comfyui_inside(script: str) -> Path:
     """The ComfyUI in whose Python this runs; outside of one, set up, run `script` in it and exit as it does."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    add_workbench()
     if inside := os.environ.get(INSIDE):
         return Path(inside)
     try:

@@ -25,7 +25,7 @@ def files(info: Json) -> dict[Path, str]:
 def main() -> None:
     """Ask a server, write the files."""
     comfyui = comfyui_inside(__file__)
-    from comfy_server import ComfyServer
+    from workbench.comfy_server import ComfyServer
 
     with tempfile.TemporaryDirectory(prefix="moma-workflows-") as folder, ComfyServer(comfyui, Path(folder)) as server:
         written = files(server.object_info())

@@ -8,12 +8,12 @@ bitsandbytes. Not in it: the CUDA context, the allocator's rounding, ComfyUI's t
 of the largest streamed weight).
 """
 
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from bootstrap import bootstrap
+from comfyui_source import add_workbench
+
+add_workbench()
+from workbench.bootstrap import bootstrap
 
 bootstrap()
 import comfy.model_management
@@ -26,8 +26,9 @@ from comfyui_moma.moma_modules.mllm.loading import load_checkpoint
 from comfyui_moma.moma_modules.mllm.module import MllmModule
 from comfyui_moma.moma_modules.mllm.precision import Plan
 from comfyui_moma.moma_modules.mllm.weights import LanguageShape, VisionShape
-from fake_device import CARD, Usage, fake_card, managed, unet_without_content
 from sentencepiece import SentencePieceProcessor
+
+from workbench.fake_device import CARD, Usage, fake_card, managed, unet_without_content
 
 LANGUAGE = LanguageShape(4096, 11008, 32, 32, 32, 32000, 1e-5, 10000.0)
 VISION = VisionShape(1024, 4096, 23, 16, 14, 336)

@@ -16,7 +16,7 @@ from comfyui_source import ROOT, cache_dir
 from PIL import Image
 
 DOCS, HELP = ROOT / "docs" / "images", ROOT / "web" / "docs" / "images"
-PHOTO = ROOT / "tests" / "data" / "subject" / "photo_masked.png"
+PHOTO = ROOT / "workbench" / "photo" / "photo_masked.png"
 THUMBNAIL = (768, 512)
 RUN = 1_800_000
 LISTED = (
@@ -190,11 +190,11 @@ def save_cup(folder: Path) -> None:
 
 def take_all(comfyui: Path, chosen: list[str]) -> None:
     """Take the pictures of the chosen parts, see `PARTS`; of all parts where none is chosen."""
-    from bootstrap import bootstrap
+    from workbench.bootstrap import bootstrap
 
     bootstrap()
-    from comfy_server import ComfyServer
-    from random_weights import adapter_file, llava_folder, sd15_checkpoint
+    from workbench.comfy_server import ComfyServer
+    from workbench.random_weights import adapter_file, llava_folder, sd15_checkpoint
 
     with tempfile.TemporaryDirectory(prefix="moma-screenshots-") as folder:
         mllm = llava_folder(Path(folder) / "MoMA_llava_7b")

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bootstrap import bootstrap
 from chromium import chromium_path
+
+from workbench.bootstrap import bootstrap
 
 NO_CHROMIUM = (
     "The tests of the editor were left out: no Chromium. On Debian: apt-get install chromium; or set CHROMIUM."
@@ -31,21 +32,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    from tiny_models import tiny_model
+    from workbench.tiny_models import tiny_model
 
     return tiny_model()
 
 
 @pytest.fixture(scope="module")
 def adapter() -> Any:
-    from scene import tiny_adapter
+    from workbench.scene import tiny_adapter
 
     return tiny_adapter()
 
 
 @pytest.fixture(scope="module")
 def subject(adapter: Any) -> Any:
-    from scene import tiny_subject
+    from workbench.scene import tiny_subject
 
     return tiny_subject(adapter)
 
@@ -53,7 +54,7 @@ def subject(adapter: Any) -> Any:
 @pytest.fixture(scope="module")
 def full(model: Any, adapter: Any, subject: Any) -> Any:
     """The MODEL with both parts of MoMA on it."""
-    from scene import moma, tiny_shortcut
+    from workbench.scene import moma, tiny_shortcut
 
     return moma(model, adapter, subject, shortcut=tiny_shortcut())
 
@@ -61,7 +62,7 @@ def full(model: Any, adapter: Any, subject: Any) -> Any:
 @pytest.fixture(scope="module")
 def expected(full: Any, subject: Any) -> Any:
     """What that gives when nobody else is on it."""
-    from scene import run
+    from workbench.scene import run
 
     return run(full, subject)
 

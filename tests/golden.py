@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent))
-from bootstrap import bootstrap
-from tiny_models import adapter_groups, tiny_model
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from workbench.bootstrap import bootstrap
+from workbench.tiny_models import adapter_groups, tiny_model
 
 TOLERANCE = 1e-4
 CFG = 7.5

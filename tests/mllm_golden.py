@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parent))
-from bootstrap import bootstrap
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from workbench.bootstrap import bootstrap
 
 TOLERANCE = 5e-5
 

@@ -12,16 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bootstrap import ROOT, comfyui_path
-from comfy_server import ComfyServer, ExecutionFailedError
 from comfyui_source import cache_dir
 from PIL import Image
-from random_weights import adapter_file, llava_folder, sd15_checkpoint
 from workflow_files import api, small
+
+from workbench import ROOT
+from workbench.bootstrap import comfyui_path
+from workbench.comfy_server import ComfyServer, ExecutionFailedError
+from workbench.random_weights import adapter_file, llava_folder, sd15_checkpoint
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-PHOTO = ROOT / "tests" / "data" / "subject" / "photo_masked.png"
+PHOTO = ROOT / "workbench" / "photo" / "photo_masked.png"
 
 
 def block(language: str) -> str:

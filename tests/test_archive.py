@@ -10,17 +10,20 @@ import zipfile
 from collections.abc import Iterator
 
 import pytest
-from bootstrap import ROOT, comfyui_path
 from comfy_cli.file_utils import list_git_tracked_files
-from comfy_server import ComfyServer
 from PIL import Image
+
+from workbench import ROOT
+from workbench.bootstrap import comfyui_path
+from workbench.comfy_server import ComfyServer
 
 pytestmark = [pytest.mark.server, pytest.mark.newest]
 INSTALLED_AS = "moma"
 """The folder that the Manager installs into: the project's name."""
 FOLDERS = ("locales", "moma_modules", "nodes", "subgraphs", "web", "workflows")
 FILES = ("CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "pyproject.toml")
-FOR_DEVELOPERS = ("benchmarks", "docs", "scripts", "tests", "training", ".ci", ".comfyignore", ".gitignore")
+FOR_DEVELOPERS = ("benchmarks", "docs", "scripts", "tests", "training", "workbench")
+HIDDEN = (".ci", ".comfyignore", ".gitignore")
 BYTES = 2_000_000
 LANGUAGES = ("", "/ja", "/ko", "/zh")
 
@@ -29,7 +32,8 @@ def files_of_the_repository() -> list[str]:
     """What git knows of; in a copy that is no clone, what lies in the folders that a clone has."""
     if known := list_git_tracked_files(ROOT):
         return [name for name in known if (ROOT / name).is_file()]
-    paths = (path for top in (*FOLDERS, *FILES, *FOR_DEVELOPERS) for path in [ROOT / top, *(ROOT / top).rglob("*")])
+    tops = (*FOLDERS, *FILES, *FOR_DEVELOPERS, *HIDDEN)
+    paths = (path for top in tops for path in [ROOT / top, *(ROOT / top).rglob("*")])
     return [path.relative_to(ROOT).as_posix() for path in paths if path.is_file() and "__pycache__" not in path.parts]
 
 

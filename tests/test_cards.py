@@ -25,9 +25,10 @@ from comfyui_moma.moma_modules.subject.subject import combine_subjects
 from comfyui_moma.nodes.conditioning import TextEncode
 from comfyui_moma.nodes.mask import SubjectMask
 from comfyui_moma.nodes.patches import ApplyAdapter, SelfAttnShortcut
-from emulated_card import SECOND, Record, emulated_cards
-from fake_device import CARD
-from scene import (
+
+from workbench.emulated_card import SECOND, Record, emulated_cards
+from workbench.fake_device import CARD
+from workbench.scene import (
     EMBEDDING,
     close,
     masks_of,
@@ -38,7 +39,7 @@ from scene import (
     tiny_shortcut,
     tiny_subject,
 )
-from tiny_models import adapter_groups, seeded, tiny_clip, tiny_model, tiny_vae
+from workbench.tiny_models import adapter_groups, seeded, tiny_clip, tiny_model, tiny_vae
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}

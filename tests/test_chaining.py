@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from scene import moma, run, tiny_shortcut
-from tiny_models import tiny_model
+
+from workbench.scene import moma, run, tiny_shortcut
+from workbench.tiny_models import tiny_model
 
 PLACES = ((("input", 1), None), (("input", 1), 0))
 

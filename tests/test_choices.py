@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from bootstrap import ROOT
 from comfyui_moma.moma_modules.mllm.loading import load_mllm
 from comfyui_moma.moma_modules.prompt.choices import choose, fingerprint, has_choice
 from comfyui_moma.nodes.conditioning import MarkSubject, TextEncode
 from comfyui_moma.nodes.subject import ExtractSubject
-from scene import tiny_subject
-from tiny_models import tiny_clip
+
+from workbench import ROOT
+from workbench.scene import tiny_subject
+from workbench.tiny_models import tiny_clip
 
 pytestmark = pytest.mark.newest
 

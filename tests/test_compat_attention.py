@@ -15,9 +15,10 @@ from comfyui_moma.moma_modules.sampling.forward import Forward
 from comfyui_moma.moma_modules.sampling.other_nodes import others_on_model
 from comfyui_moma.moma_modules.sampling.unet import BLOCKS
 from compat_rows import message
-from scene import close, masks_of, moma, negative, positive, sample, tiny_shortcut
-from tiny_models import seeded
 from torch.overrides import TorchFunctionMode
+
+from workbench.scene import close, masks_of, moma, negative, positive, sample, tiny_shortcut
+from workbench.tiny_models import seeded
 
 
 def run(model: Any, subject: Any, **kwargs: Any) -> torch.Tensor:

@@ -11,8 +11,9 @@ from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfyui_moma.moma_modules.sampling.patching import settings_of
 from comfyui_moma.moma_modules.sampling.settings import ImageTokens, Window
 from comfyui_moma.moma_modules.sampling.wrappers import patched
-from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut
-from tiny_models import seeded
+
+from workbench.scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut
+from workbench.tiny_models import seeded
 
 FRAMES = 6
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from compat_rows import message
-from scene import close, compiled, masks_of, moma, negative, positive, sample, tiny_shortcut
 from torch._dynamo.utils import counters
+
+from workbench.scene import close, compiled, masks_of, moma, negative, positive, sample, tiny_shortcut
 
 COMPILED = "unique_graphs"
 

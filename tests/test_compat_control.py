@@ -8,10 +8,10 @@ import comfy.ops
 import comfy.t2i_adapter.adapter
 import pytest
 import torch
-from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut
-from tiny_models import TINY, seeded, seeded_weight, unet_config
 
 import nodes
+from workbench.scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut
+from workbench.tiny_models import TINY, seeded, seeded_weight, unet_config
 
 
 def seeded_module(module: torch.nn.Module) -> torch.nn.Module:

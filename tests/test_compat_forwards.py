@@ -9,8 +9,9 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embe
 from comfy.patcher_extension import WrappersMP
 from comfyui_moma.moma_modules.sampling.unet import BLOCKS
 from compat_rows import message
-from scene import close, masks_of, moma, run
-from tiny_models import seeded
+
+from workbench.scene import close, masks_of, moma, run
+from workbench.tiny_models import seeded
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 

@@ -17,7 +17,8 @@ from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_perpneg import PerpNeg, PerpNegGuider
 from comfy_extras.nodes_sag import SelfAttentionGuidance
 from compat_rows import message
-from scene import close, masks_of, moma, negative, positive, sample, tiny_shortcut
+
+from workbench.scene import close, masks_of, moma, negative, positive, sample, tiny_shortcut
 
 SHORT = {"size": (16, 16), "steps": 2, "last_step": 1}
 """One evaluation, whose mask is read afterwards."""

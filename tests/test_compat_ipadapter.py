@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from peers import peer_pack
-from scene import close, masks_of, moma, negative, positive, sample, tiny_shortcut, tiny_subject
-from tiny_models import TINY, seeded
+
+from workbench.scene import close, masks_of, moma, negative, positive, sample, tiny_shortcut, tiny_subject
+from workbench.tiny_models import TINY, seeded
 
 EMBEDDING = 24
 PLACES = ["input"] * 6 + ["output"] * 9 + ["middle"]

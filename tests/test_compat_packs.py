@@ -15,7 +15,9 @@ from comfyui_moma.moma_modules.prompt.marks import TOKENS_KEY, mark_tokens
 from comfyui_moma.moma_modules.prompt.text import mark_subject
 from compat_rows import message
 from peers import apart, peer_module, peer_pack
-from scene import (
+
+from nodes import ControlNetApplyAdvanced
+from workbench.scene import (
     CONTEXT,
     WORD_TOKENS,
     masks_of,
@@ -27,9 +29,7 @@ from scene import (
     tiny_shortcut,
     tiny_subject,
 )
-from tiny_models import seeded, tiny_clip, tiny_model, tiny_vae
-
-from nodes import ControlNetApplyAdvanced
+from workbench.tiny_models import seeded, tiny_clip, tiny_model, tiny_vae
 
 Node = Callable[[Any], Any]
 """A MODEL with the pack's node on it."""

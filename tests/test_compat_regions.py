@@ -6,9 +6,9 @@ import torch
 from comfyui_moma.moma_modules.sampling.patching import settings_of
 from comfyui_moma.moma_modules.sampling.settings import ImageTokens, Window
 from comfyui_moma.moma_modules.sampling.wrappers import patched
-from scene import WORD_TOKENS, close, masks_of, negative, positive, sample, tiny_shortcut
 
 import nodes
+from workbench.scene import WORD_TOKENS, close, masks_of, negative, positive, sample, tiny_shortcut
 
 SIZE = (16, 16)
 ONE_EVALUATION = {"size": SIZE, "steps": 2, "last_step": 1}

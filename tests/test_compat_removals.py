@@ -14,7 +14,8 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfyui_moma.moma_modules.sampling import guard
 from comfyui_moma.moma_modules.sampling.patching import settings_of
 from compat_rows import message
-from scene import masks_of, moma, negative, positive, run, tiny_shortcut
+
+from workbench.scene import masks_of, moma, negative, positive, run, tiny_shortcut
 
 OURS = "moma"
 KINDS = ("outer_sample", "sampler_sample", "predict_noise", "calc_cond_batch", "apply_model")

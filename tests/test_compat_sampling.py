@@ -10,11 +10,11 @@ from comfy.conds import CONDNoiseShape
 from comfy.sd import VAE
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
-from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut
-from tiny_models import seeded, seeded_weight, tiny_model
 from torch.nn.functional import interpolate
 
 import nodes
+from workbench.scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut
+from workbench.tiny_models import seeded, seeded_weight, tiny_model
 
 SPLIT = {"steps": 4, "sampler": "euler", "scheduler": "normal"}
 

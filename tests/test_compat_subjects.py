@@ -13,8 +13,9 @@ from comfyui_moma.moma_modules.sampling.wrappers import patched
 from comfyui_moma.nodes.conditioning import MarkSubject, TextEncode
 from comfyui_moma.nodes.patches import ApplyAdapter
 from compat_rows import message
-from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
-from tiny_models import seeded, tiny_clip
+
+from workbench.scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
+from workbench.tiny_models import seeded, tiny_clip
 
 ONE_EVALUATION = {"size": (16, 16), "steps": 2, "last_step": 1}
 

@@ -2,15 +2,15 @@
 
 import ast
 import os
-from pathlib import Path
 
 import pytest
 from compat_rows import REFUSED, SECTIONS, Row
 
+from workbench import ROOT
+
 pytestmark = pytest.mark.newest
 
-TESTS = Path(__file__).parent
-DOCUMENT = TESTS.parent / "docs" / "compatibility.md"
+DOCUMENT = ROOT / "docs" / "compatibility.md"
 ROWS = [row for rows in SECTIONS.values() for row in rows]
 
 
@@ -39,7 +39,7 @@ def test_the_document_holds_the_rows() -> None:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.what)
 def test_every_row_is_proved_by_a_test(row: Row) -> None:
     name, function = row.test.split("::")
-    path = TESTS / f"test_{name}.py"
+    path = ROOT / "tests" / f"test_{name}.py"
     assert function in {
         node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)
     }

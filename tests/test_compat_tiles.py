@@ -23,10 +23,10 @@ from comfyui_moma.moma_modules.sampling.settings import ImageTokens, Window
 from comfyui_moma.moma_modules.sampling.wrappers import patched
 from compat_rows import message
 from peers import peer_folder, peer_pack
-from scene import moma, negative, positive, tiny_shortcut, tiny_subject
-from tiny_models import seeded, seeded_weight
 
 import nodes
+from workbench.scene import moma, negative, positive, tiny_shortcut, tiny_subject
+from workbench.tiny_models import seeded, seeded_weight
 
 SIDE, TILE = 128, 64
 NEEDED_BY_IMPACT = ("cv2", "skimage", "piexif", "segment_anything", "dill")

@@ -9,8 +9,9 @@ import pytest
 import torch
 from comfy_extras.nodes_hooks import SetModelHooksOnCond
 from comfy_extras.nodes_model_merging import ModelMergeSimple
-from scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut
-from tiny_models import seeded, tiny_model
+
+from workbench.scene import close, masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut
+from workbench.tiny_models import seeded, tiny_model
 
 LORA_LAYERS = ("attn1_to_k", "attn2_to_q", "attn2_to_k", "attn2_to_v")
 

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bootstrap import comfyui_path
 from comfyui_source import SetupError, find_comfyui
 from compatibility_matrix import PAGE, Combination, EditorRow, Row, chosen_combinations, read_rows, with_row
+
+from workbench.bootstrap import comfyui_path
 
 pytestmark = pytest.mark.newest
 

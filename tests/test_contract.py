@@ -3,11 +3,10 @@
 import hashlib
 import json
 import re
-from pathlib import Path
 
-from bootstrap import ROOT
+from workbench import ROOT
 
-SNAPSHOT = Path(__file__).parent / "data" / "object_info.json"
+SNAPSHOT = ROOT / "tests" / "data" / "object_info.json"
 NAMED = re.compile(r"^API contract: `([0-9a-f]{12})`$", re.MULTILINE)
 
 

@@ -17,7 +17,6 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
-from bootstrap import ROOT
 from comfyui_moma.moma_modules.adapter.loading import adapter_names
 from comfyui_moma.moma_modules.host.folders import MODELS
 from comfyui_moma.moma_modules.mllm.checkpoint import Reader, read_checkpoint, read_mapped
@@ -26,11 +25,13 @@ from comfyui_moma.moma_modules.mllm.convert import PRECISIONS, convert_mllm
 from comfyui_moma.moma_modules.mllm.loading import load_mllm, mllm_choices, read_as_comfyui
 from comfyui_moma.nodes.convert import ConvertMllm
 from comfyui_moma.nodes.loaders import LoadMllm
-from random_weights import llava_folder
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-CHECKPOINT = Path(__file__).parent / "data" / "mllm" / "tiny56" / "checkpoint"
+from workbench import ROOT
+from workbench.random_weights import llava_folder
+
+CHECKPOINT = ROOT / "tests" / "data" / "mllm" / "tiny56" / "checkpoint"
 COMMAND = [sys.executable, "-m", "moma_modules.convert_mllm"]
 
 

@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from bootstrap import ROOT
 from PIL import Image
+
+from workbench import ROOT
 
 pytestmark = pytest.mark.newest
 

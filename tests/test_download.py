@@ -16,15 +16,16 @@ import comfy.model_management
 import folder_paths
 import pytest
 import torch
-from bootstrap import ROOT
 from comfyui_moma.moma_modules.download.client import WORKER, fetch, start_options
 from comfyui_moma.moma_modules.download.release import ADAPTER_FILE, ADAPTER_NAME, FOLDER, MLLM_FILES, REPOSITORY
 from comfyui_moma.moma_modules.host.folders import MODELS
 from comfyui_moma.moma_modules.mllm.loading import download_mllm
 from comfyui_moma.nodes.loaders import LoadAdapter, LoadMllm
 from hub_server import COMMIT, HubFile, HubServer
-from random_weights import adapter_file, llava_folder
 from safetensors.torch import save_file
+
+from workbench import ROOT
+from workbench.random_weights import adapter_file, llava_folder
 
 pytestmark = pytest.mark.newest
 

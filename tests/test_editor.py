@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from bootstrap import ROOT, comfyui_path
 from browser import SETTINGS, WAIT, Editor, open_browser, open_editor
-from comfy_server import ComfyServer, PromptRefusedError
 from comfyui_source import cache_dir
-from random_weights import adapter_file, llava_folder, sd15_checkpoint
 from workflow_files import API, BIREFNET, CONTROLNET, LORA, NAMES, api, workflow
+
+from workbench import ROOT
+from workbench.bootstrap import comfyui_path
+from workbench.comfy_server import ComfyServer, PromptRefusedError
+from workbench.random_weights import adapter_file, llava_folder, sd15_checkpoint
 
 pytestmark = [pytest.mark.server, pytest.mark.browser, pytest.mark.slow]
 SUBJECT = "cup_00001_.safetensors"
@@ -35,7 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
             (started.base / "models" / name).touch()
         (started.output / "moma_subjects").mkdir()
         (started.output / "moma_subjects" / SUBJECT).touch()
-        started.add_input(ROOT / "tests" / "data" / "subject" / "photo_masked.png")
+        started.add_input(ROOT / "workbench" / "photo" / "photo_masked.png")
         (started.input / "photo_masked.png").rename(started.input / "example.png")
         started.post("/settings", SETTINGS)
         yield started

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import comfy.model_management
 import pytest
 import torch
-from emulated_card import SECOND, OnCard, emulated_cards
-from fake_device import CARD
+
+from workbench.emulated_card import SECOND, OnCard, emulated_cards
+from workbench.fake_device import CARD
 
 WAITS: dict[str, Callable[[torch.Tensor], object]] = {
     "item": lambda x: x[0].item(),

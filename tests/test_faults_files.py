@@ -32,8 +32,10 @@ from comfyui_moma.nodes.loaders import LoadAdapter, LoadMllm
 from comfyui_moma.nodes.patches import ApplyAdapter
 from comfyui_moma.nodes.subject import LoadSubject, SaveSubject
 from safetensors.torch import save_file
-from scene import moma, negative, positive, sample, tiny_adapter, tiny_subject
-from tiny_models import adapter_groups, tiny_model
+
+from workbench import ROOT
+from workbench.scene import moma, negative, positive, sample, tiny_adapter, tiny_subject
+from workbench.tiny_models import adapter_groups, tiny_model
 
 Tensors = dict[str, torch.Tensor]
 SD_KEYS = ("lora_unet_down_blocks_0_attentions_0_to_k.lora_up.weight", "model.diffusion_model.out.2.bias")
@@ -393,7 +395,7 @@ def test_the_whole_folder_may_be_a_link(roots: Path, subject: Any) -> None:
 
 SAVE_MANY = """
 import sys
-from bootstrap import bootstrap
+from workbench.bootstrap import bootstrap
 bootstrap()
 import folder_paths
 from comfyui_moma.moma_modules.subject.file import save_numbered
@@ -412,7 +414,7 @@ def test_two_processes_saving_at_once_lose_nothing(roots: Path, subject: Any) ->
     """This one and another."""
     save_subject(subject, roots / "subject.safetensors")
     command = [sys.executable, "-c", SAVE_MANY, str(roots / "output"), str(roots / "subject.safetensors")]
-    variables = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8", "env": variables}
     with subprocess.Popen(command, **pipes) as process:
         while process.stdout.readline() != "ready\n":

@@ -23,11 +23,12 @@ from comfyui_moma.moma_modules.mllm.loading import load_mllm
 from comfyui_moma.moma_modules.sampling.caches import caches_of
 from comfyui_moma.moma_modules.sampling.patching import settings_of
 from comfyui_moma.moma_modules.subject.run_log import MOST_RUNS, FinishedRun
-from scene import masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
-from tiny_models import tiny_model
 from torch.nn.modules.module import register_module_forward_hook
 
-TESTS = Path(__file__).parent
+from workbench import ROOT
+from workbench.scene import masks_of, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
+from workbench.tiny_models import tiny_model
+
 STEPS = 3
 FAILURES: dict[str, Callable[[], BaseException]] = {
     "interrupt": comfy.model_management.InterruptProcessingException,
@@ -158,7 +159,7 @@ def test_the_guider_gets_its_options_back(model: Any, failure: str | None) -> No
 
 
 FRESH_PROCESS = """
-from bootstrap import bootstrap
+from workbench.bootstrap import bootstrap
 bootstrap()
 from test_faults_runs import digest, fresh
 print(digest(fresh()))
@@ -173,7 +174,8 @@ def test_after_a_failure_the_next_run_is_that_of_a_fresh_process(model: Any) -> 
     patched, subject = full(model, tiny_adapter())
     with failing(model, 2, FAILURES["out of memory"]), pytest.raises(torch.OutOfMemoryError):
         run(patched, subject)
-    variables = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    path = os.pathsep.join([str(Path(__file__).parent), str(ROOT)])
+    variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-c", FRESH_PROCESS]
     other = subprocess.run(command, env=variables, capture_output=True, encoding="utf-8", check=True)
     assert other.stdout.split()[-1] == digest(run(patched, subject))
@@ -192,7 +194,7 @@ def layers_of(kind: str) -> list[torch.nn.Module]:
 @pytest.mark.parametrize("kind", ["CLIPEncoderLayer", "LlamaDecoderLayer"])
 @pytest.mark.parametrize("failure", FAILURES)
 def test_an_extraction_that_fails_leaves_nothing(kind: str, failure: str) -> None:
-    folder = TESTS / "data" / "mllm" / "tiny56" / "checkpoint"
+    folder = ROOT / "tests" / "data" / "mllm" / "tiny56" / "checkpoint"
     mllm = load_mllm(folder, vision_heads=4)
 
     def fail(module: torch.nn.Module, *_: Any) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from bootstrap import comfyui_path
-from comfy_server import ComfyServer, ExecutionFailedError, Prompt, PromptRefusedError
 from comfyui_moma.moma_modules.subject.file import save_subject
 from safetensors.torch import save_file
-from scene import tiny_adapter, tiny_subject
-from tiny_models import adapter_groups
+
+from workbench.bootstrap import comfyui_path
+from workbench.comfy_server import ComfyServer, ExecutionFailedError, Prompt, PromptRefusedError
+from workbench.scene import tiny_adapter, tiny_subject
+from workbench.tiny_models import adapter_groups
 
 pytestmark = pytest.mark.server
 HARM = "harm.txt"

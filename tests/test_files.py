@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from bootstrap import ROOT
 from comfyui_moma.moma_modules.adapter.file import convert_adapter, is_adapter, read_adapter
 from comfyui_moma.moma_modules.adapter.loading import load_adapter
 from comfyui_moma.moma_modules.host.disk import locked
@@ -20,8 +19,10 @@ from comfyui_moma.moma_modules.subject.reference_image import prepare_references
 from comfyui_moma.nodes.subject import SaveSubject
 from safetensors import safe_open
 from safetensors.torch import save_file
-from scene import tiny_adapter, tiny_subject
-from tiny_models import adapter_groups
+
+from workbench import ROOT
+from workbench.scene import tiny_adapter, tiny_subject
+from workbench.tiny_models import adapter_groups
 
 Groups = dict[str, dict[str, torch.Tensor]]
 

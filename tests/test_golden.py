@@ -1,12 +1,12 @@
 """The released code's recorded runs, through the pack's patches and ComfyUI's sampling."""
 
-from pathlib import Path
-
 import golden
 import mllm_golden
 import pytest
 
-DATA = Path(__file__).parent / "data"
+from workbench import ROOT
+
+DATA = ROOT / "tests" / "data"
 
 
 @pytest.mark.parametrize("name", ["tiny_context", pytest.param("tiny_texture", marks=pytest.mark.slow)])

@@ -14,7 +14,8 @@ from comfyui_moma.moma_modules.mllm.hidden_state_cache import HIDDEN_STATES, Hid
 from comfyui_moma.moma_modules.mllm.loading import Mllm, load_mllm
 from comfyui_moma.nodes import ExtractSubject
 from comfyui_moma.nodes.loaders import load_adapter
-from random_weights import HIDDEN, SMALL_LLAVA, adapter_file, llava_folder
+
+from workbench.random_weights import HIDDEN, SMALL_LLAVA, adapter_file, llava_folder
 
 IMAGE = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
 MASK = np.ones((32, 32), bool)

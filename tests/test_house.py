@@ -1,12 +1,17 @@
 """The folders are rooms named after what happens in them, and imports run one way through them."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from bootstrap import ROOT
+from comfyui_source import add_workbench
+
+import nodes
+from workbench import ROOT
+from workbench.bootstrap import comfyui_path
 
 pytestmark = pytest.mark.newest
 
@@ -87,6 +92,37 @@ def test_no_file_is_a_drawer_or_a_crumb(path: Path) -> None:
 def test_the_networks_are_plain_modules(name: str) -> None:
     """They take the leaves that they are made of; loading, patchers and caches are elsewhere."""
     assert not [found for found in imports(MODULES / name) if found.partition(".")[0] in ("comfy", "host")]
+
+
+def stems(folder: str) -> set[str]:
+    """What its files are called by those who have the folder on the path, and the folder itself."""
+    return {folder, *(path.stem for path in (ROOT / folder).rglob("*.py"))}
+
+
+@pytest.mark.parametrize("folder", ["nodes", "moma_modules", "workbench", "scripts", "benchmarks", "training"])
+def test_what_is_shared_with_the_tests_is_the_workbench(folder: str) -> None:
+    """Nothing imports from tests. The workbench needs neither scripts nor benchmarks, the product none of them."""
+    barred = stems("tests")
+    if folder in ("nodes", "moma_modules", "workbench"):
+        barred |= stems("scripts") | stems("benchmarks")
+    if folder in ("nodes", "moma_modules"):
+        barred.add("workbench")
+    for path in (ROOT / folder).rglob("*.py"):
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add((node.module or "").partition(".")[0])
+        assert not found & barred, path
+
+
+def test_comfyuis_modules_come_before_those_of_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Path(nodes.__file__) == comfyui_path() / "nodes.py"
+    monkeypatch.setattr(sys, "path", ["", str(comfyui_path())])
+    add_workbench()
+    add_workbench()
+    assert sys.path == ["", str(comfyui_path()), str(ROOT)]
 
 
 def test_what_is_computed_of_pictures_words_and_maps_needs_no_comfyui() -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bootstrap import ROOT, comfyui_path
+
+from workbench import ROOT
+from workbench.bootstrap import comfyui_path
 
 TABLE = ROOT / "docs" / "comfyui_internals.md"
 UNET = "diffusionmodules.openaimodel.UNetModel"

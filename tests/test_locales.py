@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from bootstrap import ROOT, comfyui_path
-from comfy_server import ComfyServer
 from PIL import Image
+
+from workbench import ROOT
+from workbench.bootstrap import comfyui_path
+from workbench.comfy_server import ComfyServer
 
 pytestmark = pytest.mark.server
 LOCALES = sorted(path.name for path in (ROOT / "locales").iterdir())

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from bootstrap import comfyui_path
-from comfy_server import ComfyServer, ExecutionFailedError, Prompt, Run
 from comfyui_moma.moma_modules.subject.file import save_subject
-from scene import tiny_adapter, tiny_subject
-from tiny_models import adapter_groups
 from tiny_scene_pack import add_tiny_scene_pack
+
+from workbench.bootstrap import comfyui_path
+from workbench.comfy_server import ComfyServer, ExecutionFailedError, Prompt, Run
+from workbench.scene import tiny_adapter, tiny_subject
+from workbench.tiny_models import adapter_groups
 
 pytestmark = pytest.mark.server
 SETTINGS = {"steps": 1, "cfg": 7.5, "sampler_name": "ddim", "scheduler": "ddim_uniform", "denoise": 1.0}

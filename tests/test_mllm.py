@@ -11,13 +11,15 @@ import comfy.model_management
 import numpy as np
 import pytest
 import torch
-from bootstrap import AT_START
 from comfyui_moma.moma_modules.mllm.checkpoint_files import find_checkpoints
 from comfyui_moma.moma_modules.mllm.encode import IMAGE_TOKEN, prompt_ids, subject_hidden_state
 from comfyui_moma.moma_modules.mllm.loading import load_mllm
 from sentencepiece import SentencePieceProcessor
 
-DATA = Path(__file__).parent / "data" / "mllm"
+from workbench import ROOT
+from workbench.bootstrap import AT_START
+
+DATA = ROOT / "tests" / "data" / "mllm"
 CHECKPOINT = DATA / "tiny56" / "checkpoint"
 SHARD, INDEX = "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"
 

@@ -9,10 +9,11 @@ from comfyui_moma.moma_modules.mllm.checkpoint import read_checkpoint
 from comfyui_moma.moma_modules.mllm.encode import forward
 from comfyui_moma.moma_modules.mllm.loading import load_checkpoint
 from comfyui_moma.moma_modules.mllm.precision import Plan
-from emulated_card import SECOND, emulated_cards
-from fake_device import CARD
-from random_weights import llava_folder
-from scene import close, tiny_adapter
+
+from workbench.emulated_card import SECOND, emulated_cards
+from workbench.fake_device import CARD
+from workbench.random_weights import llava_folder
+from workbench.scene import close, tiny_adapter
 
 PIXELS = torch.randn(1, 3, 112, 112, generator=torch.Generator().manual_seed(0))
 IDS = [1, 5, 9, -200, 7, 8]

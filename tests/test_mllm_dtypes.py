@@ -14,10 +14,11 @@ from comfyui_moma.moma_modules.mllm.convert import convert_mllm
 from comfyui_moma.moma_modules.mllm.encode import forward
 from comfyui_moma.moma_modules.mllm.loading import LoadedMllm, load_checkpoint
 from comfyui_moma.moma_modules.mllm.precision import PRECISIONS, Machine, Plan, make_plan
-from fake_device import CARD, fake_card, without_content
-from random_weights import SMALL_LLAVA, llava_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from workbench.fake_device import CARD, fake_card, without_content
+from workbench.random_weights import SMALL_LLAVA, llava_folder
 
 CPU = torch.device("cpu")
 SIZE = replace(SMALL_LLAVA, hidden=64, intermediate=128, layers=1, vision_width=64, vision_layers=2, image=56)

@@ -24,9 +24,10 @@ from comfyui_moma.moma_modules.mllm.encode import forward, subject_hidden_state
 from comfyui_moma.moma_modules.mllm.leaves import CastLinear
 from comfyui_moma.moma_modules.mllm.loading import LoadedMllm, Mllm, load_checkpoint, load_mllm
 from comfyui_moma.moma_modules.mllm.precision import Plan
-from fake_device import CARD, fake_card, managed, unet_without_content, without_content
-from random_weights import llava_folder
-from tiny_models import tiny_model
+
+from workbench.fake_device import CARD, fake_card, managed, unet_without_content, without_content
+from workbench.random_weights import llava_folder
+from workbench.tiny_models import tiny_model
 
 STORAGES = [None, "fp8", "8-bit", "4-bit"]
 BUDGETS = [0.1, 0.2, 0.5, 0.8, 1e32]

@@ -16,7 +16,8 @@ from comfyui_moma.moma_modules.mllm.loading import load_mllm
 from comfyui_moma.moma_modules.mllm.module import MllmModule
 from comfyui_moma.moma_modules.mllm.precision import PRECISIONS, Machine, Plan, cpu_bf16_gain, make_plan, packed_size
 from comfyui_moma.moma_modules.mllm.weights import LanguageShape, VisionShape, quantize_rows
-from random_weights import SMALL_LLAVA, llava_folder
+
+from workbench.random_weights import SMALL_LLAVA, llava_folder
 
 CARD, CPU = torch.device("cuda:0"), torch.device("cpu")
 BF16 = torch.bfloat16

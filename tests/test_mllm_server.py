@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bootstrap import comfyui_path
-from comfy_server import ComfyServer, Event, ExecutionFailedError, Prompt
 from comfyui_moma.moma_modules.mllm.convert import convert_mllm
 from PIL import Image
-from random_weights import HIDDEN, llava_folder
-from tiny_models import adapter_groups
+
+from workbench.bootstrap import comfyui_path
+from workbench.comfy_server import ComfyServer, Event, ExecutionFailedError, Prompt
+from workbench.random_weights import HIDDEN, llava_folder
+from workbench.tiny_models import adapter_groups
 
 pytestmark = pytest.mark.server
 CONVERTED = "one_file.safetensors"

@@ -22,14 +22,16 @@ from comfyui_moma.moma_modules.subject.file import load_subject, save_subject
 from comfyui_moma.nodes.convert import ConvertMllm
 from comfyui_moma.nodes.loaders import LoadAdapter, LoadMllm
 from safetensors.torch import load_file, save_file
-from scene import tiny_subject
-from tiny_models import adapter_groups
+
+from workbench import ROOT
+from workbench.scene import tiny_subject
+from workbench.tiny_models import adapter_groups
 
 pytestmark = pytest.mark.skipif(
     not hasattr(psutil.Process, "memory_maps"), reason="only some systems tell what is mapped"
 )
 
-CHECKPOINT = Path(__file__).parent / "data" / "mllm" / "tiny56" / "checkpoint"
+CHECKPOINT = ROOT / "tests" / "data" / "mllm" / "tiny56" / "checkpoint"
 
 
 def held(path: Path) -> bool:

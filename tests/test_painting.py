@@ -8,17 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bootstrap import ROOT, comfyui_path
 from browser import SETTINGS, Editor, open_browser, open_editor
-from comfy_server import ComfyServer
 from comfyui_source import SetupError
 from frontends import COLOUR_LOSING_FRONTEND, NEWEST_FRONTEND, OLDEST_FRONTEND, find_frontend
 from PIL import Image
-from random_weights import adapter_file, llava_folder
 from safetensors.numpy import load_file
 
+from workbench import ROOT
+from workbench.bootstrap import comfyui_path
+from workbench.comfy_server import ComfyServer
+from workbench.random_weights import adapter_file, llava_folder
+
 pytestmark = [pytest.mark.server, pytest.mark.browser, pytest.mark.slow]
-PHOTO = ROOT / "tests" / "data" / "subject" / "photo.jpg"
+PHOTO = ROOT / "workbench" / "photo" / "photo.jpg"
 LEFT, TOP, RIGHT, BOTTOM = 0.3, 0.2, 0.7, 0.5
 RUN = 300_000
 

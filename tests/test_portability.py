@@ -10,12 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from bootstrap import ROOT
 from setup_env import dev_requirements
+
+from workbench import ROOT
 
 pytestmark = pytest.mark.newest
 
-FOLDERS = ("benchmarks", "moma_modules", "nodes", "scripts", "tests", "training")
+FOLDERS = ("benchmarks", "moma_modules", "nodes", "scripts", "tests", "training", "workbench")
 FILES = sorted([ROOT / "__init__.py", *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))])
 TEXT = {"read_text": 0, "write_text": 1}
 """Methods that read or write text, and which argument the encoding is."""

@@ -15,11 +15,13 @@ from comfyui_moma.moma_modules.subject.file import check_prefix, load_subject, s
 from comfyui_moma.moma_modules.subject.reference_image import FITS, prepare_references
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from scene import masks_of, moma, negative, positive, sample, tiny_shortcut, tiny_subject
 from sentencepiece import SentencePieceProcessor
-from tiny_models import seeded, tiny_clip, tiny_model
 
-DATA = Path(__file__).parent / "data"
+from workbench import ROOT
+from workbench.scene import masks_of, moma, negative, positive, sample, tiny_shortcut, tiny_subject
+from workbench.tiny_models import seeded, tiny_clip, tiny_model
+
+DATA = ROOT / "tests" / "data"
 SYNTAX = (
     "(car:1.2)",
     "((stuffed animal))",

@@ -15,9 +15,11 @@ from comfyui_moma.moma_modules.subject.reference_image import References, prepar
 from comfyui_moma.moma_modules.subject.reference_mask import RELEASED, cut_mask
 from comfyui_moma.nodes.subject import ExtractSubject
 from PIL import Image, ImageFilter
-from scene import tiny_adapter
 
-DATA = Path(__file__).parent / "data"
+from workbench import ROOT
+from workbench.scene import tiny_adapter
+
+DATA = ROOT / "tests" / "data"
 SIDE = 256
 
 

@@ -16,8 +16,9 @@ from comfyui_moma.moma_modules.sampling.patching import settings_of
 from comfyui_moma.moma_modules.sampling.reference import encode_reference
 from comfyui_moma.moma_modules.subject.subject import combine_subjects
 from comfyui_moma.nodes.patches import SelfAttnShortcut
-from scene import CONTEXT, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
-from tiny_models import seeded, tiny_clip, tiny_model, tiny_vae
+
+from workbench.scene import CONTEXT, moma, negative, positive, sample, tiny_adapter, tiny_shortcut, tiny_subject
+from workbench.tiny_models import seeded, tiny_clip, tiny_model, tiny_vae
 
 LAYER = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_k"
 LORA_KEY = f"{LAYER}.weight"

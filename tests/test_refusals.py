@@ -17,10 +17,12 @@ from comfyui_moma.nodes.loaders import LoadAdapter, LoadMllm
 from comfyui_moma.nodes.mask import SubjectMask
 from comfyui_moma.nodes.patches import ApplyAdapter, SelfAttnShortcut
 from comfyui_moma.nodes.subject import ExtractSubject, LoadSubject
-from scene import moma, negative, positive, sample, tiny_adapter, tiny_subject
-from tiny_models import TINY, adapter_groups, tiny_model, tiny_vae
 
-DATA = Path(__file__).parent / "data"
+from workbench import ROOT
+from workbench.scene import moma, negative, positive, sample, tiny_adapter, tiny_subject
+from workbench.tiny_models import TINY, adapter_groups, tiny_model, tiny_vae
+
+DATA = ROOT / "tests" / "data"
 
 
 def apply(model: Any, adapter: Any, subject: Any, **changes: Any) -> Any:

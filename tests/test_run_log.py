@@ -12,8 +12,9 @@ from comfyui_moma.moma_modules.sampling.settings import ImageTokens
 from comfyui_moma.moma_modules.subject import run_log
 from comfyui_moma.moma_modules.subject.run_log import CAPACITY, FILM_BYTES, FILM_SIDE, MOST_RUNS, FinishedRun
 from comfyui_moma.nodes.mask import SubjectMask
-from scene import masks_of, moma, negative, positive, sample, tiny_adapter, tiny_subject
-from tiny_models import seeded
+
+from workbench.scene import masks_of, moma, negative, positive, sample, tiny_adapter, tiny_subject
+from workbench.tiny_models import seeded
 
 ONE_STEP = {"steps": 2, "last_step": 1}
 

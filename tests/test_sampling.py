@@ -8,8 +8,9 @@ import comfy.model_management
 import comfy.samplers
 import pytest
 import torch
-from scene import close, masks_of, moma, negative, positive, sample, tiny_shortcut, tiny_subject
-from tiny_models import tiny_model
+
+from workbench.scene import close, masks_of, moma, negative, positive, sample, tiny_shortcut, tiny_subject
+from workbench.tiny_models import tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -10,25 +10,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bootstrap import comfyui_path
-from comfy_server import ComfyServer, ExecutionFailedError, Prompt, PromptRefusedError, Run
 from comfyui_moma.moma_modules.download.release import ADAPTER_NAME, FOLDER, MLLM_FILES, REPOSITORY
 from comfyui_source import cache_dir
 from hub_server import HubFile, HubServer
 from PIL import Image
-from random_weights import adapter_file, llava_folder, sd15_checkpoint
 from safetensors.numpy import load_file
 
+from workbench import ROOT
+from workbench.bootstrap import comfyui_path
+from workbench.comfy_server import ComfyServer, ExecutionFailedError, Prompt, PromptRefusedError, Run
+from workbench.random_weights import adapter_file, llava_folder, sd15_checkpoint
+
 pytestmark = pytest.mark.server
-TESTS = Path(__file__).parent
-SNAPSHOT = TESTS / "data" / "object_info.json"
+SNAPSHOT = ROOT / "tests" / "data" / "object_info.json"
 FILE_LISTS = ("model_name", "adapter_name", "subject_name")
 MOMA_NODES = 14
 
 
 def api(name: str) -> Prompt:
     """A committed API prompt, made small: fewer steps, a small wide picture, the test's photograph."""
-    prompt = json.loads((TESTS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    prompt = json.loads((ROOT / "tests" / "api" / f"{name}.json").read_text(encoding="utf-8"))
     for node in prompt.values():
         if node["class_type"] == "LoadImage":
             node["inputs"]["image"] = "photo_masked.png"
@@ -73,8 +74,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
         "moma/MoMA_llava_7b": folder,
     }
     with ComfyServer(comfyui_path(), tmp_path_factory.mktemp("server"), models) as started:
-        started.add_input(TESTS / "data" / "subject" / "photo_masked.png")
-        started.add_input(TESTS / "data" / "subject" / "photo.jpg")
+        started.add_input(ROOT / "workbench" / "photo" / "photo_masked.png")
+        started.add_input(ROOT / "workbench" / "photo" / "photo.jpg")
         yield started
 
 
@@ -245,7 +246,7 @@ def test_the_new_texture_workflow_with_grey_and_unmasked_pictures(
 ) -> None:
     prompt = api("new_texture")
     grey = server.input / "grey.png"
-    Image.open(TESTS / "data" / "subject" / "photo.jpg").convert("L").save(grey)
+    Image.open(ROOT / "workbench" / "photo" / "photo.jpg").convert("L").save(grey)
     inputs(prompt, "LoadImage")["image"] = grey.name
     del inputs(prompt, "MoMAExtractSubject")["mask"]
     image = picture(server, prompt, server.run(prompt))

@@ -20,10 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
-from scene import tiny_adapter, tiny_subject
-from tiny_models import tiny_clip
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
+from workbench import ROOT
+from workbench.scene import tiny_adapter, tiny_subject
+from workbench.tiny_models import tiny_clip
+
+GOLDEN = ROOT / "tests" / "data" / "golden"
 TOKENIZER = SD1Tokenizer()
 
 

@@ -12,9 +12,10 @@ from comfyui_moma.moma_modules.sampling.patching import settings_of
 from comfyui_moma.moma_modules.sampling.settings import ImageTokens, Window
 from comfyui_moma.moma_modules.sampling.whereabouts import FIRST, GOES_ON, PART, WHOLE, Trace, kind_of_node
 from comfyui_moma.moma_modules.sampling.wrappers import patched
-from scene import close, moma, negative, positive, sample, tiny_shortcut, tiny_subject
-from tiny_models import seeded
 from torch.nn.functional import interpolate
+
+from workbench.scene import close, moma, negative, positive, sample, tiny_shortcut, tiny_subject
+from workbench.tiny_models import seeded
 
 NODE = ("prompt", "node", 0)
 

@@ -11,17 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bootstrap import ROOT, comfyui_path
 from comfy_cli.workflow_to_api import convert_ui_to_api
-from comfy_server import ComfyServer, Prompt, PromptRefusedError, Run
 from comfyui_source import cache_dir
 from make_workflows import files
 from PIL import Image
-from random_weights import adapter_file, llava_folder, sd15_checkpoint
 from workflow_files import API, NAMES, NEWER_NODES, add_weights, api, known_to, small, workflow
 
+from workbench import ROOT
+from workbench.bootstrap import comfyui_path
+from workbench.comfy_server import ComfyServer, Prompt, PromptRefusedError, Run
+from workbench.random_weights import adapter_file, llava_folder, sd15_checkpoint
+
 pytestmark = pytest.mark.server
-DATA = Path(__file__).parent / "data"
+DATA = ROOT / "tests" / "data"
 Workflows = Callable[[str], tuple[Prompt, Run]]
 OUTPUTS = ("SaveImage", "MoMASubjectMask", "MoMASaveSubject")
 
@@ -37,7 +39,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
         "moma/MoMA_llava_7b": mllm,
     }
     with ComfyServer(comfyui_path(), tmp_path_factory.mktemp("server"), models) as started:
-        started.add_input(DATA / "subject" / "photo_masked.png")
+        started.add_input(ROOT / "workbench" / "photo" / "photo_masked.png")
         yield started
 
 

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-TESTS = Path(__file__).parent
+from workbench import ROOT
 
 SOURCE = f'''
 import gc
 import sys
 
-sys.path.append({str(TESTS)!r})
+sys.path.append({str(ROOT)!r})
 
 
 class TinyModels:
@@ -18,7 +18,7 @@ class TinyModels:
     def load(self):
         import comfy.taesd.taesd
         from comfy.sd import VAE
-        from tiny_models import seeded_weight, tiny_clip, tiny_model
+        from workbench.tiny_models import seeded_weight, tiny_clip, tiny_model
 
         shapes = comfy.taesd.taesd.TAESD(latent_channels=4).state_dict()
         vae = VAE(sd={{name: seeded_weight(91, name, tuple(weight.shape)) for name, weight in shapes.items()}})

@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bootstrap import ROOT
-from comfy_server import ComfyServer, Prompt
-from random_weights import sd15_checkpoint
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny_models import seeded_weight
 
-API = Path(__file__).parent / "api"
+from workbench import ROOT
+from workbench.comfy_server import ComfyServer, Prompt
+from workbench.random_weights import sd15_checkpoint
+from workbench.tiny_models import seeded_weight
+
+API = ROOT / "tests" / "api"
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 NEWER_NODES = {"auto_mask": "RemoveBackground"}
 """Workflows with a core node that the oldest supported ComfyUI does not have."""

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workbench.tiny_models import unet_config
+
 from .data import caption_of
 from .latents import Latents
 from .loop import Plan, Training, write_whole
@@ -15,8 +17,9 @@ from .vae import decoded, initialise, save_sheet
 from .words import PLACE_WORDS, SYNONYMS
 from .world import CLASSES, PLACES
 
-CHANNELS = (96, 96, 96, 96)
 CONTEXT = 64
+UNET = {"block_out_channels": [96, 96, 96, 96], "cross_attention_dim": CONTEXT}
+"""SD1.5's layout in small."""
 TEXT_CONFIG: dict[str, Any] = {
     "vocab_size": 49408,
     "num_hidden_layers": 3,
@@ -49,7 +52,7 @@ class TextToImage(nn.Module):
 
         super().__init__()
         self.text = CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG))
-        self.unet = UNetModel(**unet_config(), operations=comfy.ops.disable_weight_init)
+        self.unet = UNetModel(**unet_config(UNET), operations=comfy.ops.disable_weight_init)
         initialise(self.unet)
         for name, part in self.unet.named_modules():
             if name.endswith(("proj_out", "out_layers.3")) or name == "out.2":
@@ -71,28 +74,6 @@ def _single_precision(attention: Any, *tensors: Tensor, **options: Any) -> Tenso
     with torch.autocast("cpu", enabled=False):
         found = (value.float() if isinstance(value, Tensor) else value for value in tensors)
         return attention(*found, **options)
-
-
-def unet_config() -> dict[str, Any]:
-    """ComfyUI's configuration of this UNet: SD1.5's layout in small."""
-    return {
-        "image_size": 16,
-        "in_channels": 4,
-        "out_channels": 4,
-        "model_channels": CHANNELS[0],
-        "num_res_blocks": [2, 2, 2, 2],
-        "channel_mult": [channels // CHANNELS[0] for channels in CHANNELS],
-        "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
-        "transformer_depth_middle": 1,
-        "num_heads": 8,
-        "num_head_channels": -1,
-        "use_spatial_transformer": True,
-        "context_dim": CONTEXT,
-        "use_linear_in_transformer": False,
-        "legacy": False,
-        "dtype": torch.float32,
-    }
 
 
 def signal_shares() -> Tensor:

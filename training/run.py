@@ -31,8 +31,9 @@ def main() -> None:
     """Run every stage that is not done."""
     options = parse_arguments()
     sys.path.insert(0, str(comfyui_inside(str(Path(__file__).resolve()))))
-    from bootstrap import bootstrap
     from comfy.cli_args import args
+
+    from workbench.bootstrap import bootstrap
 
     args.use_pytorch_cross_attention = True  # What ComfyUI takes on a CPU is slower in training.
     bootstrap()

@@ -23,9 +23,9 @@ from types import TracebackType
 from typing import Any
 
 import websocket
-from comfyui_source import EDITOR
 
-ROOT = Path(__file__).resolve().parent.parent
+from . import EDITOR, ROOT
+
 PACK_NAME = "ComfyUI-MoMA"
 START_SECONDS = 900
 RUN_SECONDS = 3600

@@ -17,8 +17,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from bootstrap import ROOT, comfyui_path
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import ROOT
+from .bootstrap import comfyui_path
 
 SECOND = torch.device("cuda:1")
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tiny_models import adapter_groups, seeded_weight, unet_config
+
+from . import ROOT
+from .tiny_models import adapter_groups, seeded_weight, unet_config
 
 VERSION = "1"
 """Raise it when the content of the checkpoint changes: cached ones are then made anew."""
@@ -19,7 +21,7 @@ VERSION = "1"
 SD15 = {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768}
 EMBEDDING = 1024
 HIDDEN = 128
-TOKENIZER = Path(__file__).parent / "data" / "mllm" / "tiny56" / "checkpoint" / "tokenizer.model"
+TOKENIZER = ROOT / "tests" / "data" / "mllm" / "tiny56" / "checkpoint" / "tokenizer.model"
 
 _VAE = {
     "double_z": True,

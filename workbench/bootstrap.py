@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from . import ROOT
+
 PACK = "comfyui_moma"
 AT_START: set[str] = set()
 """The modules that are imported once ComfyUI has the pack's nodes, before any of them has run."""

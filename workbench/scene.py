@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_models import TINY, adapter_groups, seeded
+
+from .tiny_models import TINY, adapter_groups, seeded
 
 EMBEDDING = 48
 CONTEXT = TINY["cross_attention_dim"]
