@@ -1,11 +1,10 @@
-"""Where the subject is: its tokens in a prompt, the mask from attention, and the reference picture."""
+"""Where the subject is in a prompt: its tokens."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from comfy.sd1_clip import SD1Tokenizer
@@ -13,12 +12,9 @@ from comfyui_moma.moma_modules.prompt.clip_tokens import Piece, bracketed, read_
 from comfyui_moma.moma_modules.prompt.marks import TOKENS_KEY
 from comfyui_moma.moma_modules.prompt.subject_tokens import PROMPT_TEMPLATE, bare, fill_template, find_subject
 from comfyui_moma.moma_modules.prompt.text import encode_prompt, encode_word, plain_text
-from comfyui_moma.moma_modules.sampling.subject_mask import subject_mask, token_attention, token_values
-from comfyui_moma.moma_modules.subject.reference_image import prepare_references
 from comfyui_moma.nodes.conditioning import TextEncode
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from safetensors.torch import save_file
 
 from workbench import ROOT
@@ -158,85 +154,6 @@ def test_half_a_character_is_refused_by_name(clip: Any, name: str) -> None:
 
 def test_other_braces_in_a_template_stay() -> None:
     assert fill_template("{a|b} {subject}: {prompt}", "cup", "{prompt}") == "{a|b} cup: {prompt}"
-
-
-def brute_force_mask(maps: np.ndarray) -> np.ndarray:
-    """As the released code has it, literally: [2, N] negative and positive to the positive mask [N]."""
-    values = (maps - maps.min()) / (maps.max() - maps.min())
-    values = np.where(values <= 0.2, 0.0, values)
-    return ((values - values.min()) / (values.max() - values.min()))[1]
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**31), st.integers(2, 40))
-def test_the_mask_is_that_of_the_spec(seed: int, size: int) -> None:
-    maps = torch.rand(2, size, generator=torch.Generator().manual_seed(seed))
-    ours = subject_mask(maps, torch.ones_like(maps, dtype=torch.bool)).numpy()
-    np.testing.assert_allclose(ours, brute_force_mask(maps.numpy()), atol=1e-6)
-
-
-def test_a_constant_map_is_no_mask_and_uncovered_places_do_not_count() -> None:
-    covered = torch.ones(2, 6, dtype=torch.bool)
-    assert torch.equal(subject_mask(torch.full((2, 6), 0.3), covered), torch.ones(6))
-    maps = torch.rand(2, 6)
-    covered[:, 4:] = False
-    maps[:, 4:] = 99.0
-    mask = subject_mask(maps, covered)
-    assert torch.equal(mask[4:], torch.zeros(2))
-    np.testing.assert_allclose(mask[:4], brute_force_mask(maps[:, :4].numpy()), atol=1e-6)
-
-
-def test_attention_is_summed_over_tokens_and_averaged_over_heads() -> None:
-    q, k = torch.randn(1, 5, 8), torch.randn(1, 7, 8)
-    tokens = torch.zeros(1, 1, 7)
-    tokens[..., [2, 3]] = 1
-    heads = [(q[0, :, s] @ k[0, :, s].T / 2.0).softmax(-1)[:, [2, 3]].sum(-1) for s in (slice(0, 4), slice(4, 8))]
-    expected = torch.stack(heads).mean(0)
-    values = token_values(tokens, heads=2, head_size=4, dtype=torch.float32)
-    assert torch.allclose(token_attention(q, k, values, 1)[0, :, 0], expected, atol=1e-6)
-
-
-def test_squash_is_the_released_resize() -> None:
-    image = torch.rand(1, 100, 60, 3)
-    mask = torch.zeros(1, 40, 40)
-    mask[:, 10:20, 10:20] = 1
-    reference = prepare_references(image, mask)
-    pixels = Image.fromarray((image[0] * 255).round().to(torch.uint8).numpy())
-    assert np.array_equal(reference.images[0].numpy(), np.asarray(pixels.resize((512, 512), Image.Resampling.BILINEAR)))
-    stencil = Image.fromarray((mask[0] * 255).to(torch.uint8).numpy())
-    expected = np.asarray(stencil.resize((512, 512), Image.Resampling.BILINEAR)) > 0
-    assert np.array_equal(reference.masks[0].numpy(), expected)
-
-
-def test_pad_and_crop_keep_the_aspect_ratio() -> None:
-    image, mask = torch.full((1, 50, 100, 3), 0.2), torch.zeros(1, 50, 100)
-    mask[..., 90:] = 1
-    padded = prepare_references(image, mask, "pad")
-    assert bool((padded.images[0, :100] == 255).all()) and bool((padded.images[0, 200:300] == 51).all())
-    assert not padded.masks[0, :100].any() and bool(padded.masks[0, 256, 500])
-    cropped = prepare_references(image, mask, "crop")
-    assert bool(cropped.masks[0, :, 420:].all()) and not cropped.masks[0, :, :380].any()
-    with pytest.raises(ValueError, match="fit is 'stretch'; choose one of squash, pad, crop"):
-        prepare_references(image, mask, "stretch")
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 4), st.sampled_from(["squash", "pad", "crop"]))
-def test_any_picture_becomes_a_reference(height: int, width: int, channels: int, fit: str) -> None:
-    reference = prepare_references(torch.ones(1, height, width, channels), None, fit)
-    assert reference.images.shape == (1, 512, 512, 3) and bool(reference.masks.any())
-
-
-def test_each_picture_of_a_batch_is_prepared_as_if_alone() -> None:
-    images, masks = torch.rand(2, 40, 60, 3), torch.zeros(2, 40, 60)
-    masks[0, :10], masks[1, 30:] = 1, 1
-    both = prepare_references(images, masks, "crop")
-    for i in range(2):
-        alone = prepare_references(images[i], masks[i], "crop")
-        assert torch.equal(both.images[i], alone.images[0]) and torch.equal(both.masks[i], alone.masks[0])
-    masks[1] = 0
-    with pytest.raises(ValueError, match="^mask is empty for picture 2 of 2: no pixel"):
-        prepare_references(images, masks)
 
 
 def test_a_prompt_knows_its_subject(clip: Any) -> None:

@@ -94,6 +94,16 @@ def test_the_networks_are_plain_modules(name: str) -> None:
     assert not [found for found in imports(MODULES / name) if found.partition(".")[0] in ("comfy", "host")]
 
 
+def test_tests_lie_in_folders_like_those_of_what_they_test() -> None:
+    tests = ROOT / "tests"
+    assert not list(tests.glob("test_*.py"))
+    assert {path.parent.name for path in tests.glob("*/test_*.py")} == {
+        *MAY_IMPORT,
+        *("nodes", "training", "workbench"),
+        *("other_nodes", "server", "project"),
+    }
+
+
 def stems(folder: str) -> set[str]:
     """What its files are called by those who have the folder on the path, and the folder itself."""
     return {folder, *(path.stem for path in (ROOT / folder).rglob("*.py"))}

@@ -161,7 +161,7 @@ def test_the_guider_gets_its_options_back(model: Any, failure: str | None) -> No
 FRESH_PROCESS = """
 from workbench.bootstrap import bootstrap
 bootstrap()
-from test_faults_runs import digest, fresh
+from test_failed_runs import digest, fresh
 print(digest(fresh()))
 """
 
