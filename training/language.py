@@ -26,12 +26,13 @@ from .eye import SIZE, Eye
 from .loop import Plan, Training, write_whole
 from .painter import paint
 from .words import SYNONYMS, prompt
+from .world import SIDE
 
 PLAN = Plan(samples=400_000, batch=32, rate=6e-4, ema=0.999)
 VISION = VisionShape(width=128, intermediate_size=320, layers=4, heads=2, patch_size=14, image_size=112)
 _VOCABULARY = 600
-_REFERENCE = 512
-"""Side of the references that the product hands to the vision tower."""
+_REFERENCE = SIDE
+"""Side of the references that the product hands to the vision tower: the adapter file says this one."""
 
 
 def language_shape() -> LanguageShape:
@@ -97,12 +98,16 @@ class SubjectReader(nn.Module):
 
     def forward(self, pixels: Tensor, ids: list[list[int]]) -> Tensor:
         """Subject embeddings [B, size] for pixels [B, 3, 112, 112] and token ids, each with one `IMAGE_TOKEN`."""
+        return self.mapping(self.hidden(pixels, ids))
+
+    def hidden(self, pixels: Tensor, ids: list[list[int]]) -> Tensor:
+        """What the mapping gets [B, hidden]."""
         features = self.mllm.image_features(pixels)
         rows = [self._row(row, features[i]) for i, row in enumerate(ids)]
         last = torch.tensor([len(row) - 1 for row in rows], device=pixels.device)
         padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # Behind: what comes later is not seen.
         hidden = self.mllm.language(inputs_embeds=padded, use_cache=False).last_hidden_state
-        return self.mapping(hidden[torch.arange(len(rows), device=pixels.device), last])
+        return hidden[torch.arange(len(rows), device=pixels.device), last]
 
     def _row(self, ids: list[int], features: Tensor) -> Tensor:
         place = ids.index(IMAGE_TOKEN)

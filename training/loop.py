@@ -3,7 +3,7 @@
 import csv
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ class Plan:
         batch: How many a step sees.
         rate: AdamW's learning rate: rises over `warm_up` steps, stays, and falls to 0 over the last `cooling` share.
         ema: Decay of the averaged weights per step; it rises to this from 0.
+        parts: A batch is computed in so many parts, one after another: less memory, the same step.
     """
 
     samples: int
@@ -32,6 +33,7 @@ class Plan:
     cooling: float = 0.25
     ema: float = 0.999
     weight_decay: float = 0.01
+    parts: int = 1
 
     def rate_at(self, seen: int) -> float:
         """The learning rate after so many samples."""
@@ -60,8 +62,22 @@ class Training:
         seen: Samples so far.
     """
 
-    def __init__(self, module: nn.Module, plan: Plan, folder: Path, device: torch.device) -> None:
-        """Go on from the folder's state, if there is one."""
+    def __init__(
+        self,
+        module: nn.Module,
+        plan: Plan,
+        folder: Path,
+        device: torch.device,
+        faster: Mapping[str, float] | None = None,
+        accelerator: Any = None,
+    ) -> None:
+        """Go on from the folder's state, if there is one.
+
+        Args:
+            module: What of it requires gradients is trained.
+            faster: Names of parameters whose rate is the plan's times a factor, and which do not decay.
+            accelerator: accelerate's, which then scales losses and gradients.
+        """
         self.module = module.to(device)
         self.plan = plan
         self.device = device
@@ -69,10 +85,18 @@ class Training:
         self._folder = folder
         self._file = folder / "state.pt"
         folder.mkdir(parents=True, exist_ok=True)
-        decayed = [value for value in module.parameters() if value.dim() > 1]
-        others = [value for value in module.parameters() if value.dim() <= 1]
-        groups = [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self._optimizer = torch.optim.AdamW(groups, lr=plan.rate, betas=(0.9, 0.99), fused=True)
+        faster = faster or {}
+        trained = [(name, value) for name, value in module.named_parameters() if value.requires_grad]
+        decayed = [value for name, value in trained if name not in faster and value.dim() > 1]
+        others = [value for name, value in trained if name not in faster and value.dim() <= 1]
+        own = [(factor, value) for name, factor in faster.items() for found, value in trained if found == name]
+        groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": plan.weight_decay}]
+        groups += [{"params": part, "weight_decay": 0.0} for part in (others, *([value] for _, value in own))]
+        self._factors = [1.0, 1.0, *(factor for factor, _ in own)]
+        self._optimizer: Any = torch.optim.AdamW(groups, lr=plan.rate, betas=(0.9, 0.99), fused=True)
+        self._accelerator = accelerator
+        if accelerator is not None:
+            self._optimizer = accelerator.prepare_optimizer(self._optimizer)
         self._average = Averaged(self.module)
         if self._file.is_file():
             self._load()
@@ -86,25 +110,29 @@ class Training:
         """Train to the plan's end.
 
         Args:
-            loss_of: The loss of one batch, given how many samples were seen before it.
+            loss_of: The loss of one batch (of a part of it, see `Plan.parts`), given how many samples were seen
+                before it.
             show: Called after each save: writes sample sheets.
         """
         saved = shown = time.monotonic()
         total = torch.zeros((), device=self.device)
         steps = 0
         while not self.done:
-            for group in self._optimizer.param_groups:
-                group["lr"] = self.plan.rate_at(self.seen)
+            for group, factor in zip(self._optimizer.param_groups, self._factors, strict=True):
+                group["lr"] = factor * self.plan.rate_at(self.seen)
             torch.manual_seed(self.seen)  # Noise and drops do not depend on where a run was killed.
-            loss = loss_of(self.seen)
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+            loss = torch.zeros((), device=self.device)
+            for part in range(self.plan.parts):
+                of_part = loss_of(self.seen + part * self.plan.batch // self.plan.parts) / self.plan.parts
+                self._backward(of_part)
+                loss += of_part.detach()
+            self._clip()
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
             self.seen += self.plan.batch
             step = self.seen // self.plan.batch
             self._average.update(self.module, min(self.plan.ema, (1 + step) / (10 + step)))
-            total += loss.detach()
+            total += loss
             steps += 1
             now = time.monotonic()
             if now - shown > 30 or self.done:
@@ -120,6 +148,16 @@ class Training:
         """The module's state with averaged parameters."""
         state = {name: value.detach() for name, value in self.module.state_dict().items()}
         return {**state, **self._average.weights}
+
+    def _backward(self, loss: Tensor) -> None:
+        if self._accelerator is None:
+            loss.backward()
+        else:
+            self._accelerator.backward(loss)
+
+    def _clip(self) -> None:
+        clip = nn.utils.clip_grad_norm_ if self._accelerator is None else self._accelerator.clip_grad_norm_
+        clip(self.module.parameters(), 1.0)
 
     def save(self) -> None:
         """Keep everything that is needed to go on, whole or not at all."""

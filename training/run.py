@@ -38,7 +38,8 @@ def main() -> None:
     args.use_pytorch_cross_attention = True  # What ComfyUI takes on a CPU is slower in training.
     bootstrap()
     import torch
-    from comfyui_moma.training import diffusion, eye, language, vae
+    from comfyui_moma.training import diffusion, export, eye, language, small_adapter, vae
+    from comfyui_moma.training.adapter_weights import TrainableAdapter, first_weights
     from comfyui_moma.training.latents import Latents
 
     torch.set_num_threads(options.threads)
@@ -62,6 +63,18 @@ def main() -> None:
     seeing.load_state_dict(torch.load(folder / "eye" / "eye.pt", map_location=device, weights_only=True))
     if not (folder / "language" / "language.pt").is_file():
         language.train(folder / "language", seeing, device, shortened(language.PLAN))
+    base, reader = diffusion.TextToImage(), language.SubjectReader()
+    for stage, module in (("diffusion", base), ("language", reader)):
+        state = torch.load(folder / stage / f"{stage}.pt", map_location=device, weights_only=True)
+        module.to(device).eval().requires_grad_(False).load_state_dict(state)
+    if not (folder / "adapter" / "adapter.pt").is_file():
+        plan = shortened(small_adapter.PLAN)
+        small_adapter.train(folder / "adapter", base, reader, latents, autoencoder, device, plan)
+    adapter = TrainableAdapter(first_weights(base.unet, eye.SIZE, language.language_shape().hidden_size))
+    state = torch.load(folder / "adapter" / "adapter.pt", map_location="cpu", weights_only=True)
+    adapter.load_state_dict(state)
+    export.export(folder / "export", autoencoder, base, reader, adapter, latents.scale)
+    print(f"The small world's files are in {folder / 'export'}.")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ _MODULES = {"projectors": "projector.", "self_cross_attentions": "layers.", "llm
 _SCALE = "scale_learnable"
 _REFERENCE_SIZE = "reference_size"
 """An entry beside the groups, one number; the released file has none."""
-_RELEASED_REFERENCE_SIZE = 512
+RELEASED_REFERENCE_SIZE = 512
 _REFERENCE_SIZES = range(64, 2049, 64)
 _PROJECTOR_KEYS = ("proj.weight", "proj.bias", "norm.weight", "norm.bias")
 _MAPPING_KEYS = ("mapping.gate_proj.weight", "mapping.up_proj.weight", "mapping.down_proj.weight")
@@ -169,7 +169,7 @@ def _checked(raw: dict[str, Tensor], path: Path) -> AdapterWeights:
 
 def _reference_size(found: Tensor | None, path: Path) -> int:
     if found is None:
-        return _RELEASED_REFERENCE_SIZE
+        return RELEASED_REFERENCE_SIZE
     if found.numel() != 1 or float(found) not in _REFERENCE_SIZES:
         raise ValueError(
             f"{path}: {_REFERENCE_SIZE} is {found.flatten().tolist()[:4]}, expected one number of pixels, a multiple "

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "adapter": {"host", "download"},
     "mllm": {"host", "download"},
     "subject": {"host"},
+    "mini": {"host"},
     "prompt": {"host", "subject"},
     "sampling": {"host", "adapter", "subject", "prompt"},
 }

@@ -1,0 +1,1 @@
+"""The small world: what a checkpoint of its sizes needs to be loaded."""

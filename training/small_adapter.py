@@ -1,0 +1,194 @@
+"""Stage 5: the adapter of the small world, on the frozen stages before it.
+
+Its rows are pairs of pictures of one subject: a reference that shows it as it is, and a target elsewhere or made of
+something. Masks are the painter's own.
+"""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from ..moma_modules.mini.checkpoint import load_mini_checkpoint
+from ..moma_modules.mllm.encode import prompt_ids
+from ..moma_modules.prompt.subject_tokens import PROMPT_TEMPLATE, fill_template
+from .adapter_stage import FrozenUnet, Samples, loss_of
+from .adapter_weights import GATES, TrainableAdapter, first_weights, save_adapter
+from .data import scene_of, to_tensor
+from .diffusion import TextToImage, draw_steps, loss_weights, signal_shares
+from .export import CHECKPOINT, export_checkpoint
+from .eye import SIZE
+from .language import SubjectReader, reference_pixels, tokenizer_file
+from .latents import Latents
+from .loop import Plan, Training, write_whole
+from .painter import paint
+from .validation import Question, answered, sheet
+from .words import MATERIAL_WORDS, PLACE_WORDS, SYNONYMS, prompt
+from .world import MATERIALS, PLACES, SIDE, draw_scene, draw_subject
+
+PLAN = Plan(samples=150_000, batch=16, rate=3e-4, ema=0.999)
+GATE_RATE = 10.0
+"""Of the gates, as a multiple of the plan's rate: they start near 0 and must get to the order of 1."""
+
+TEXTURE_STRENGTH = 0.4
+"""Of the shortcut where the target is made of something: what MoMA's authors advise for a new texture."""
+
+_SIZE = SIDE // 8
+_SHOWN = 8
+
+
+class _Pairs(Dataset[dict[str, Any]]):
+    """Pairs of pictures of one subject, with what is said of the target; pair after pair, all over again at the end."""
+
+    def __init__(self, start: int, end: int, pairs: int) -> None:
+        self._numbers = range(start, end)
+        self._pairs = pairs
+        self._tokenizer = SentencePieceProcessor(model_proto=tokenizer_file())
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number = self._numbers[index]
+        pair = number % self._pairs
+        rng = random.Random(f"pair {number}")
+        reference, target = 2 * pair, 2 * pair + 1
+        if scene_of(target).material is None and rng.random() < 0.5:
+            reference, target = target, reference
+        asked = scene_of(target)
+        word = rng.choice(SYNONYMS[asked.subject.name])
+        told = prompt(word, asked.place, asked.material, rng)
+        picture, mask = paint(scene_of(reference))
+        return {
+            "reference": reference,
+            "target": target,
+            "pixels": reference_pixels(picture, mask),
+            "reference_mask": torch.from_numpy(mask),
+            "mask": latent_mask(paint(asked)[1]),
+            "ids": prompt_ids(self._tokenizer, word, told),
+            "text": fill_template(PROMPT_TEMPLATE, word, told),
+            "word": word,
+            "strength": TEXTURE_STRENGTH if asked.material else 1.0,
+        }
+
+
+def latent_mask(mask: np.ndarray[Any, Any]) -> Tensor:
+    """A mask [128, 128] at the latents' size [16, 16]: the share of each place that the subject covers."""
+    return torch.nn.functional.avg_pool2d(torch.from_numpy(mask).float()[None], 8)[0]
+
+
+def _together(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    listed = {key: [row.pop(key) for row in rows] for key in ("ids", "text", "word")}
+    return {**default_collate(rows), **listed}
+
+
+def train(
+    folder: Path,
+    base: TextToImage,
+    reader: SubjectReader,
+    latents: Latents,
+    vae: Any,
+    device: torch.device,
+    plan: Plan = PLAN,
+) -> None:
+    """Train, or go on, until the plan is fulfilled.
+
+    Args:
+        base: Frozen.
+        reader: Frozen but for its mapping, from which the adapter's starts.
+        latents: Of the training pictures.
+        vae: For the sample sheets.
+    """
+    torch.manual_seed(0)
+    hidden_size = reader.mapping.gate_proj.in_features
+    start = first_weights(base.unet, SIZE, hidden_size)
+    mapping = {f"mapping.{key}": value.detach().cpu() for key, value in reader.mapping.state_dict().items()}
+    start = replace(start, tensors={**start.tensors, **mapping})
+    training = Training(TrainableAdapter(start), plan, folder, device, {GATES: GATE_RATE})
+    adapter: TrainableAdapter = training.module  # type: ignore[assignment]
+    frozen = FrozenUnet(base.unet, signal_shares(), torch.float32)
+    with torch.no_grad():
+        nothing = base.encode([""], device)
+    pairs = _Pairs(training.seen, plan.samples + plan.batch, len(latents) // 2)
+    source = iter(DataLoader(pairs, batch_size=plan.batch, collate_fn=_together))
+
+    def loss_of_batch(_: int) -> Tensor:
+        rows = next(source)
+        steps = draw_steps(plan.batch).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            samples = _samples(rows, base, reader, latents, device)
+            return loss_of(frozen, adapter, samples, steps, nothing, loss_weights(steps))
+
+    training.run(loss_of_batch, lambda: _show(training, base, reader, latents, vae, folder))
+    write_whole(folder / "adapter.pt", lambda path: torch.save(training.averaged(), path))
+
+
+@torch.no_grad()
+def _samples(
+    rows: dict[str, Any], base: TextToImage, reader: SubjectReader, latents: Latents, device: torch.device
+) -> Samples:
+    return Samples(
+        clean=latents.take(rows["target"]).to(device),
+        masks=rows["mask"].to(device),
+        texts=base.encode(rows["text"], device).float(),
+        hidden=reader.hidden(rows["pixels"].to(device), rows["ids"]).float(),
+        references=latents.take(rows["reference"]).to(device),
+        reference_masks=rows["reference_mask"].to(device),
+        words=base.encode(rows["word"], device).float(),
+        strengths=rows["strength"].to(device, torch.float32),
+    )
+
+
+def questions() -> list[Question]:
+    """What the sample sheet shows: held-out subjects, each in a place and some of them of a material."""
+    asked = []
+    for i in range(_SHOWN):
+        rng = random.Random(f"shown {i}")
+        subject = draw_subject(rng, held_out=True)
+        word = SYNONYMS[subject.name][0]
+        place, material = PLACES[i % len(PLACES)], MATERIALS[i % len(MATERIALS)] if i % 4 == 3 else None
+        reference, target = (paint(draw_scene(rng, subject, *where)) for where in ((None,), (place, material)))
+        made = f" {MATERIAL_WORDS[material][0]}" if material else ""
+        asked.append(
+            Question(
+                picture=torch.from_numpy(reference[0].copy()),
+                mask=torch.from_numpy(reference[1].copy()),
+                word=word,
+                prompt=f"A {word}{made} {PLACE_WORDS[place][0]}.",
+                strength=TEXTURE_STRENGTH if material else 1.0,
+                target=to_tensor(target[0]),
+            )
+        )
+    return asked
+
+
+def _show(
+    training: Training, base: TextToImage, reader: SubjectReader, latents: Latents, vae: Any, folder: Path
+) -> None:
+    """The sample sheet, made by the product from the files that a user would get: reference, without, with, target."""
+    shown = folder / "shown"
+    checkpoint = shown / CHECKPOINT
+    if not checkpoint.is_file():
+        export_checkpoint(checkpoint, vae, base, latents.scale)
+    file = save_adapter(training.averaged(), shown, SIDE, torch.float16)
+    asked = questions()
+    tokenizer = SentencePieceProcessor(model_proto=tokenizer_file())
+    with torch.no_grad():
+        hidden = [
+            reader.hidden(
+                reference_pixels(question.picture.numpy(), question.mask.numpy())[None].to(training.device),
+                [prompt_ids(tokenizer, question.word, question.prompt)],
+            )
+            .float()
+            .cpu()
+            for question in asked
+        ]
+    model, clip, loaded_vae = load_mini_checkpoint(checkpoint)
+    pictures = answered(asked, hidden, file, model, clip, loaded_vae, SIDE, cfg=4.0)
+    sheet(folder / "samples.png", asked, pictures)
