@@ -1,4 +1,4 @@
-"""What is refused in place of the small world's checkpoint. Whole ones are loaded by `tests/training/test_export.py`."""
+"""What is refused in place of the small world's checkpoint. Whole ones: `tests/training/test_export.py`."""
 
 from pathlib import Path
 
