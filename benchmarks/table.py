@@ -1,7 +1,7 @@
 """The results as a table, and the tables of README and docs/performance.md: `python3 benchmarks/table.py`."""
 
 import json
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +9,13 @@ ROOT = Path(__file__).resolve().parent.parent
 README, DOCUMENT = ROOT / "README.md", ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- benchmarks/table.py: begin -->", "<!-- benchmarks/table.py: end -->"
-IN_README = ("step", "run", "memory", "leak")
+_FEW = {
+    "step": (", both", ", the released MoMA code"),
+    "run": (", next picture",),
+    "memory": (", both: peak of sampling",),
+    "leak": ("",),
+}
+"""How the rows of README end, by part."""
 
 Results = dict[str, Any]
 
@@ -32,6 +38,9 @@ class Row(NamedTuple):
     spread: str
 
 
+Wanted = Callable[[Row], bool]
+"""Whether a figure is shown."""
+
 _HEAD = Row("part", "what", "baseline", "times the baseline", "lowest to highest")
 
 
@@ -49,26 +58,30 @@ def text_table(found: list[Row]) -> str:
     )
 
 
-def markdown(results: Results, parts: Container[str]) -> str:
-    """The section for one results file: the machine, then a table of some parts."""
+def is_in_readme(row: Row) -> bool:
+    """Whether a figure is one of the few that README shows."""
+    return row.what.endswith(_FEW.get(row.part, ()))
+
+
+def markdown(results: Results, wanted: Wanted) -> str:
+    """The section for one results file: the machine, then a table of some figures."""
     machine = results["machine"]
     device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     intro = (
         f"{device}; {machine['dtype']}, {machine['attention']} attention, torch {machine['torch']}, "
         f"ComfyUI {machine['comfyui']}."
     )
-    shown = [row for row in rows(results) if row.part in parts]
-    lines = [_HEAD, Row(*["---"] * len(_HEAD)), *shown]
+    lines = [_HEAD, Row(*["---"] * len(_HEAD)), *filter(wanted, rows(results))]
     return "\n".join([intro, "", *(f"| {' | '.join(line)} |" for line in lines)])
 
 
-def section(parts: Container[str]) -> str:
+def section(wanted: Wanted) -> str:
     """What a document holds between the marks: one table per results file."""
     files = sorted(RESULTS.glob("*.json"))
-    return "\n\n".join(markdown(json.loads(path.read_text(encoding="utf-8")), parts) for path in files)
+    return "\n\n".join(markdown(json.loads(path.read_text(encoding="utf-8")), wanted) for path in files)
 
 
-def with_section(text: str, parts: Container[str]) -> str:
+def with_section(text: str, wanted: Wanted) -> str:
     """`text` with the section renewed.
 
     Raises:
@@ -78,7 +91,7 @@ def with_section(text: str, parts: Container[str]) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"The text has no place for the table: lines {BEGIN} and {END}.")
-    return f"{before}{BEGIN}\n{section(parts)}\n{END}{after}"
+    return f"{before}{BEGIN}\n{section(wanted)}\n{END}{after}"
 
 
 def _ratio_rows(part: str, group: Results, baseline: str, names: dict[str, str], title: str) -> Iterator[Row]:
@@ -187,14 +200,14 @@ NAMES: dict[str, Callable[[Results], Iterator[Row]]] = {
 }
 """The parts in their order, and how each becomes rows."""
 
-DOCUMENTS: dict[Path, Container[str]] = {README: IN_README, DOCUMENT: NAMES}
-"""Where the tables are, and which parts each shows."""
+DOCUMENTS: dict[Path, Wanted] = {README: is_in_readme, DOCUMENT: lambda _: True}
+"""Where the tables are, and which figures each shows."""
 
 
 def main() -> None:
     """Renew the sections."""
-    for path, parts in DOCUMENTS.items():
-        path.write_text(with_section(path.read_text(encoding="utf-8"), parts), encoding="utf-8")
+    for path, wanted in DOCUMENTS.items():
+        path.write_text(with_section(path.read_text(encoding="utf-8"), wanted), encoding="utf-8")
 
 
 if __name__ == "__main__":

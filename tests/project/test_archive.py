@@ -22,8 +22,10 @@ INSTALLED_AS = "moma"
 """The folder that the Manager installs into: the project's name."""
 FOLDERS = ("locales", "moma_modules", "nodes", "subgraphs", "web", "workflows")
 FILES = ("CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "pyproject.toml")
+HEADLESS = ("docs/api.md", "tests/api/")
+"""Of folders for developers what serves those who run it without the editor."""
 FOR_DEVELOPERS = ("benchmarks", "docs", "scripts", "tests", "training", "workbench")
-HIDDEN = (".ci", ".comfyignore", ".gitignore")
+HIDDEN = (".ci", ".comfyignore", ".github", ".gitignore", "CONTRIBUTING.md")
 BYTES = 2_000_000
 LANGUAGES = ("", "/ja", "/ko", "/zh")
 
@@ -64,7 +66,9 @@ def server(archive: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_the_archive_holds_what_runs_and_nothing_else(archive: zipfile.ZipFile) -> None:
-    wanted = {name for name in files_of_the_repository() if name.startswith(tuple(f"{top}/" for top in FOLDERS))}
+    wanted = {
+        name for name in files_of_the_repository() if name.startswith((*(f"{top}/" for top in FOLDERS), *HEADLESS))
+    }
     assert len(wanted) > 150 and set(archive.namelist()) == wanted | set(FILES)
     assert sum(info.compress_size for info in archive.infolist()) < BYTES
 

@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -102,3 +104,32 @@ def test_errors_before_it_runs_are_the_nodes_own_words(server: ComfyServer, fold
     assert ran.returncode == 1
     assert "adapter_name: there is no adapter 'gone.th'. Searched:" in ran.stderr
     assert "Found: MoMA_llava_7b/attn_adapters_projectors.th. Download" in ran.stderr
+
+
+class Forgetful(BaseHTTPRequestHandler):
+    """A server that was restarted while the prompt ran."""
+
+    def do_POST(self) -> None:
+        self._answer({"name": "photo.png", "prompt_id": "a-prompt"})
+
+    def do_GET(self) -> None:
+        self._answer({"queue_running": []} if self.path == "/queue" else {})
+
+    def log_message(self, *_: object) -> None:
+        """Keep quiet."""
+
+    def _answer(self, content: dict[str, object]) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(content).encode())
+
+
+def test_waiting_ends_when_the_server_has_forgotten_the_prompt(folder: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Forgetful) as forgetful:
+        Thread(target=forgetful.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{forgetful.server_port}"
+        command = [sys.executable, "personalize.py", "photo.png", "cup", "A cup.", "none.png", "--server", address]
+        ran = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", check=False)
+        forgetful.shutdown()
+    assert ran.returncode == 1 and ran.stderr.startswith("The server no longer knows the prompt"), ran.stderr
