@@ -5,13 +5,14 @@ from comfy_api.latest import ComfyExtension, io
 from ..moma_modules.host.folders import register_folders
 from .conditioning import MarkSubject, TextEncode
 from .convert import ConvertMllm
-from .loaders import LoadAdapter, LoadMllm
+from .loaders import LoadAdapter, LoadBoth, LoadMllm
 from .mask import SubjectMask
-from .patches import ApplyAdapter, SelfAttnShortcut
+from .patches import ApplyAdapter, ApplySubject, SelfAttnShortcut
 from .study import ContactSheet, ListItem, StrengthStudy
 from .subject import CombineSubjects, ExtractSubject, LoadSubject, SaveSubject
 
 NODES: list[type[io.ComfyNode]] = [
+    LoadBoth,
     LoadMllm,
     LoadAdapter,
     ConvertMllm,
@@ -19,6 +20,7 @@ NODES: list[type[io.ComfyNode]] = [
     CombineSubjects,
     TextEncode,
     MarkSubject,
+    ApplySubject,
     ApplyAdapter,
     SelfAttnShortcut,
     SubjectMask,

@@ -1,4 +1,4 @@
-"""Load MoMA MLLM, Load MoMA Adapter."""
+"""Load MoMA, Load MoMA MLLM, Load MoMA Adapter."""
 
 import os
 
@@ -24,6 +24,34 @@ def _download_input(files: str) -> io.Boolean.Input:
     )
 
 
+def _mllm_inputs() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "model_name",
+            options=mllm_choices(),
+            tooltip="A LLaVA checkpoint in models/moma: a folder such as MoMA_llava_7b, or a file from "
+            "Convert MoMA MLLM.",
+        ),
+        io.Combo.Input(
+            "precision",
+            options=list(PRECISIONS),
+            default="auto",
+            tooltip="auto: the file's weights, streamed to the card where they do not fit, in what the device "
+            "computes fast; fp8 only if they fit nowhere. bf16, fp16, fp32: what to compute in. fp8: half the "
+            "memory. 8-bit, 4-bit: a half and a third, with bitsandbytes, which is yours to install.",
+            advanced=True,
+        ),
+    ]
+
+
+def _adapter_input() -> io.Input:
+    return io.Combo.Input(
+        "adapter_name",
+        options=adapter_choices(),
+        tooltip="A MoMA adapter in models/moma or a folder below it.",
+    )
+
+
 class LoadMllm(io.ComfyNode):
     """Loads MoMA's LLaVA checkpoint."""
 
@@ -38,21 +66,7 @@ class LoadMllm(io.ComfyNode):
             "It is needed only to extract subjects; saved subjects work without it. Its weights are read when the "
             "first extraction needs them.",
             inputs=[
-                io.Combo.Input(
-                    "model_name",
-                    options=mllm_choices(),
-                    tooltip="A LLaVA checkpoint in models/moma: a folder such as MoMA_llava_7b, or a file from "
-                    "Convert MoMA MLLM.",
-                ),
-                io.Combo.Input(
-                    "precision",
-                    options=list(PRECISIONS),
-                    default="auto",
-                    tooltip="auto: the file's weights, streamed to the card where they do not fit, in what the device "
-                    "computes fast; fp8 only if they fit nowhere. bf16, fp16, fp32: what to compute in. fp8: half the "
-                    "memory. 8-bit, 4-bit: a half and a third, with bitsandbytes, which is yours to install.",
-                    advanced=True,
-                ),
+                *_mllm_inputs(),
                 _download_input(f"the MLLM ({MLLM_SIZE})"),
             ],
             outputs=[MomaMllm.Output("mllm", display_name="mllm", tooltip="For Extract Subject Features.")],
@@ -97,11 +111,7 @@ class LoadAdapter(io.ComfyNode):
             description="Loads attn_adapters_projectors.th (or its .safetensors form): the small networks that connect "
             "the subject to an SD1.5 model.",
             inputs=[
-                io.Combo.Input(
-                    "adapter_name",
-                    options=adapter_choices(),
-                    tooltip="A MoMA adapter in models/moma or a folder below it.",
-                ),
+                _adapter_input(),
                 _download_input(f"the adapter ({ADAPTER_SIZE})"),
             ],
             outputs=[
@@ -135,3 +145,43 @@ class LoadAdapter(io.ComfyNode):
         if download and adapter_name == ADAPTER_NAME:
             download_adapter()
         return io.NodeOutput(load_adapter(adapter_path(adapter_name)))
+
+
+class LoadBoth(io.ComfyNode):
+    """Loads both files of MoMA."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MoMALoad",
+            display_name="Load MoMA",
+            category=CATEGORY,
+            search_aliases=[*SEARCH_ALIASES, "loader"],
+            description="Loads both files of MoMA for Extract Subject Features: the language model and the adapter, as "
+            "Load MoMA MLLM and Load MoMA Adapter do. The subject takes the adapter along to Apply MoMA Subject.",
+            inputs=[*_mllm_inputs(), _adapter_input(), _download_input(f"both ({MLLM_SIZE} and {ADAPTER_SIZE})")],
+            outputs=[
+                MomaMllm.Output("mllm", display_name="mllm", tooltip="For Extract Subject Features."),
+                MomaAdapter.Output("adapter", display_name="adapter", tooltip="For Extract Subject Features."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, model_name: str | None, adapter_name: str | None, download: bool | None = False
+    ) -> bool | str:
+        of_mllm = LoadMllm.validate_inputs(model_name, download)
+        return LoadAdapter.validate_inputs(adapter_name, download) if of_mllm is True else of_mllm
+
+    @classmethod
+    def fingerprint_inputs(
+        cls, model_name: str | None, precision: str | None, adapter_name: str | None, download: bool | None = False
+    ) -> str:
+        of_mllm = LoadMllm.fingerprint_inputs(model_name, precision, download)
+        return f"{of_mllm} {LoadAdapter.fingerprint_inputs(adapter_name, download)}"
+
+    @classmethod
+    def execute(cls, model_name: str, precision: str, adapter_name: str, download: bool = False) -> io.NodeOutput:
+        mllm = LoadMllm.execute(model_name, precision, download)
+        (adapter,) = LoadAdapter.execute(adapter_name, download).args
+        return io.NodeOutput(*mllm.args, adapter, ui=mllm.ui)

@@ -1,18 +1,25 @@
-"""Apply MoMA Adapter, Self-Attn Shortcut."""
+"""Apply MoMA Subject, Apply MoMA Adapter, Self-Attn Shortcut."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from comfy_api.latest import io
 
 from ..moma_modules.adapter.loading import Adapter
+from ..moma_modules.prompt.choices import fingerprint
+from ..moma_modules.prompt.subject_tokens import PROMPT_TEMPLATE
 from ..moma_modules.sampling.patching import settings_of
 from ..moma_modules.sampling.reference import encode_reference
 from ..moma_modules.sampling.settings import ImageTokens, Settings, Shortcut, Window
 from ..moma_modules.sampling.unet import check_model
 from ..moma_modules.sampling.wrappers import patched
 from ..moma_modules.subject.subject import Subject
+from .conditioning import TextEncode
 from .types import CATEGORY, SEARCH_ALIASES, MomaAdapter, MomaSubject
+
+SHORTCUT_START = 0.05
+"""MoMA leaves out so much of the noise schedule."""
 
 
 def _window_inputs(start: float, start_tooltip: str) -> list[io.Input]:
@@ -67,6 +74,44 @@ def _check(model: Any, adapter: Adapter, subject: Subject) -> Settings:
     return settings_of(model) or Settings()
 
 
+def _weight_input(advanced: bool = False) -> io.Input:
+    return io.Float.Input(
+        "weight",
+        default=1.0,
+        min=0.0,
+        max=3.0,
+        step=0.05,
+        tooltip="How strongly the features act. 1.0 is what MoMA was trained with; less gives the text of "
+        "the prompt more say, far more drowns it. 0 is off.",
+        advanced=advanced,
+    )
+
+
+def _strength_input() -> io.Input:
+    return io.Float.Input(
+        "strength",
+        default=1.0,
+        min=0.0,
+        max=2.0,
+        step=0.05,
+        tooltip="1.0 for the same subject in a new context, at most 1.2: beyond, the reference overrides "
+        "the prompt. 0.4 for a new texture or material, at most 0.6: beyond, the old one stays. 0 is off.",
+    )
+
+
+def _shortcut(
+    adapter: Adapter, subject: Subject, vae: Any, clip: Any, strength: float, window: Window, seed: int
+) -> Shortcut:
+    encoded = encode_reference(adapter, subject, vae, clip)
+    return Shortcut(
+        latent=encoded.latent,
+        text=encoded.text,
+        noise=torch.randn(encoded.latent.shape, generator=torch.Generator().manual_seed(seed)),
+        strength=strength,
+        window=window,
+    )
+
+
 class ApplyAdapter(io.ComfyNode):
     """Cross-attention to the subject's image tokens."""
 
@@ -83,15 +128,7 @@ class ApplyAdapter(io.ComfyNode):
                 io.Model.Input("model", tooltip="An SD1.5 model, with or without LoRAs."),
                 MomaAdapter.Input("adapter", tooltip="From Load MoMA Adapter."),
                 MomaSubject.Input("subject", tooltip="From Extract Subject Features or Load MoMA Subject."),
-                io.Float.Input(
-                    "weight",
-                    default=1.0,
-                    min=0.0,
-                    max=3.0,
-                    step=0.05,
-                    tooltip="How strongly the features act. 1.0 is what MoMA was trained with; less gives the text of "
-                    "the prompt more say, far more drowns it. 0 is off.",
-                ),
+                _weight_input(),
                 *_window_inputs(0.0, "Fraction of the noise schedule (0..1) from which it acts."),
                 _region_input(),
                 io.Boolean.Input(
@@ -143,17 +180,10 @@ class SelfAttnShortcut(io.ComfyNode):
                 MomaSubject.Input("subject", tooltip="From Extract Subject Features or Load MoMA Subject."),
                 io.Vae.Input("vae", tooltip="The VAE of the SD1.5 checkpoint; encodes the reference pictures."),
                 io.Clip.Input("clip", tooltip="The CLIP of the SD1.5 checkpoint; encodes the subject word."),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.05,
-                    tooltip="1.0 for the same subject in a new context, at most 1.2: beyond, the reference overrides "
-                    "the prompt. 0.4 for a new texture or material, at most 0.6: beyond, the old one stays. 0 is off.",
-                ),
+                _strength_input(),
                 *_window_inputs(
-                    0.05, "Fraction of the noise schedule (0..1) from which it acts. MoMA leaves out the first 0.05."
+                    SHORTCUT_START,
+                    "Fraction of the noise schedule (0..1) from which it acts. MoMA leaves out the first 0.05.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -185,12 +215,80 @@ class SelfAttnShortcut(io.ComfyNode):
         region_mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         settings = _check(model, adapter, subject)
-        encoded = encode_reference(adapter, subject, vae, clip)
-        part = Shortcut(
-            latent=encoded.latent,
-            text=encoded.text,
-            noise=torch.randn(encoded.latent.shape, generator=torch.Generator().manual_seed(seed)),
-            strength=strength,
-            window=_window(start_percent, end_percent, region_mask),
-        )
+        window = _window(start_percent, end_percent, region_mask)
+        part = _shortcut(adapter, subject, vae, clip, strength, window, seed)
         return io.NodeOutput(patched(model, settings.with_subject(subject, adapter, shortcut=part)))
+
+
+class ApplySubject(io.ComfyNode):
+    """Both parts of MoMA and the prompt at once."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MoMAApplySubject",
+            display_name="Apply MoMA Subject",
+            category=CATEGORY,
+            search_aliases=[*SEARCH_ALIASES, "prompt"],
+            description="One subject and one prompt in one node: what MoMA Text Encode, Apply MoMA Adapter and "
+            "Self-Attn Shortcut do with their default settings. Use those for more subjects in one prompt, ranges of "
+            "the noise schedule, or only one of the parts.",
+            inputs=[
+                io.Model.Input("model", tooltip="An SD1.5 model, with or without LoRAs."),
+                io.Clip.Input("clip", tooltip="The CLIP of the SD1.5 checkpoint."),
+                io.Vae.Input("vae", tooltip="The VAE of the SD1.5 checkpoint; encodes the reference pictures."),
+                MomaSubject.Input("subject", tooltip="From Extract Subject Features or Load MoMA Subject."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    default="",
+                    tooltip="Empty: the prompt that the subject was extracted for. Another text works too, and saves a "
+                    "run of the MLLM, but follows the prompt less closely. Of {beach|city}, each run takes one.",
+                ),
+                _strength_input(),
+                _weight_input(advanced=True),
+                _region_input(),
+                MomaAdapter.Input(
+                    "adapter",
+                    optional=True,
+                    tooltip="For a saved subject only, from Load MoMA Adapter; others bring theirs along.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("model", display_name="model", tooltip="For the sampler, or for more patches."),
+                io.Conditioning.Output(
+                    "positive", display_name="positive", tooltip="For the sampler's positive input."
+                ),
+                io.String.Output("text", display_name="text", tooltip="The full prompt that was encoded."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, prompt: str | None, **_: Any) -> str:
+        return fingerprint(prompt)
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        subject: Subject,
+        prompt: str,
+        strength: float,
+        weight: float,
+        region_mask: torch.Tensor | None = None,
+        adapter: Adapter | None = None,
+    ) -> io.NodeOutput:
+        adapter = adapter or subject.adapter
+        if adapter is None:
+            raise ValueError(
+                "adapter: a saved subject does not bring its adapter along. Connect Load MoMA Adapter to `adapter`."
+            )
+        encoded = TextEncode.execute(clip, subject, prompt, PROMPT_TEMPLATE)
+        settings = _check(model, adapter, subject)
+        window = Window() if region_mask is None else _window(0.0, 1.0, region_mask)
+        shortcut = _shortcut(adapter, subject, vae, clip, strength, replace(window, start=SHORTCUT_START), seed=0)
+        tokens = ImageTokens(weight, window)
+        settings = settings.with_subject(subject, adapter, image_tokens=tokens, shortcut=shortcut)
+        return io.NodeOutput(patched(model, settings), *encoded.args, ui=encoded.ui)

@@ -147,7 +147,7 @@ class ExtractSubject(io.ComfyNode):
         if not embedding.isfinite().all():
             raise ValueError(f"mllm {mllm.name} gave NaN for this picture and prompt; choose precision bf16 or fp32.")
         seen = what_was_seen(references.images, references.masks)
-        made = Subject(embedding, word, prompt, references.images, references.masks, adapter.identity, draw)
+        made = Subject(embedding, word, prompt, references.images, references.masks, adapter.identity, draw, adapter)
         shown = {**ui.PreviewImage(seen, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
         return io.NodeOutput(made, ui=shown)
 

@@ -43,6 +43,35 @@ class Base:
     named: dict[str, Node] = field(default_factory=dict)
 
 
+def simple() -> Graph:
+    """One subject and one prompt, in as few nodes as they need."""
+    graph = Graph("simple", WIDTHS)
+    checkpoint = graph.add("CheckpointLoaderSimple", 0, ckpt_name=CHECKPOINT.name, models=[CHECKPOINT])
+    image = _picture(graph, title=PAINT)
+    files = graph.add("MoMALoad", 0, model_name="MoMA_llava_7b", adapter_name=ADAPTER)
+    named = {"mllm": files}
+    base = Base(
+        graph, checkpoint, files, checkpoint.out("MODEL"), checkpoint.out("CLIP"), checkpoint.out("VAE"), named=named
+    )
+    subject = _extract(base, image.out("IMAGE"), image.out("MASK"), BEACH, save=False)
+    graph.note(1, height=250)
+    applied = graph.add(
+        "MoMAApplySubject",
+        2,
+        model=base.model,
+        clip=base.clip,
+        vae=base.vae,
+        subject=subject,
+        strength=1.0,
+        asks=("strength",),
+    )
+    base.model = applied.out("model")
+    sampler = _sampler(base, (applied.out("positive"), _negative(base, 2)), 3, _canvas(base, 3))
+    decoded = graph.add("VAEDecode", 3, samples=sampler.out("LATENT"), vae=base.vae)
+    graph.add("SaveImage", 4, images=decoded.out("IMAGE"), filename_prefix="MoMA/simple", tall=440)
+    return graph
+
+
 def new_context() -> Graph:
     """The same subject somewhere else."""
     return _one_subject("new_context", BEACH, 1.0)
@@ -273,6 +302,7 @@ def strength_study() -> Graph:
 
 
 WORKFLOWS = (
+    simple,
     new_context,
     new_texture,
     from_subject,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ class Subject:
         masks: [N, S, S] bool, True on the subject.
         adapter_identity: Content hash of the adapter whose mapping made the embedding.
         draw: What decided the choices in its texts (`choices.py`), for those of its prompts; empty if it had none.
+        adapter: The loaded adapter that it was made with; None for a saved subject, which knows its identity only.
         runs: The masks of runs with this subject, of this process.
     """
 
@@ -32,6 +34,7 @@ class Subject:
     masks: Tensor
     adapter_identity: str
     draw: str = ""
+    adapter: Any = field(default=None, compare=False, repr=False)
     runs: RunLog = field(default_factory=RunLog, init=False, compare=False, repr=False)
 
     @cached_property

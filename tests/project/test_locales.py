@@ -16,6 +16,7 @@ from workbench.comfy_server import ComfyServer
 pytestmark = pytest.mark.server
 LOCALES = sorted(path.name for path in (ROOT / "locales").iterdir())
 TRANSLATED_COMBOS = {
+    "MoMALoad": {"precision"},
     "MoMALoadMLLM": {"precision"},
     "MoMAConvertMLLM": {"precision"},
     "MoMAExtractSubject": {"fit"},

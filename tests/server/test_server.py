@@ -24,7 +24,7 @@ from workbench.random_weights import adapter_file, llava_folder, sd15_checkpoint
 pytestmark = pytest.mark.server
 SNAPSHOT = ROOT / "tests" / "data" / "object_info.json"
 FILE_LISTS = ("model_name", "adapter_name", "subject_name")
-MOMA_NODES = 14
+MOMA_NODES = 16
 
 
 def api(name: str) -> Prompt:

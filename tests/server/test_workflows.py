@@ -91,7 +91,7 @@ def inputs(prompt: Prompt, kind: str) -> dict[str, Any]:
 
 def test_the_workflows_are_in_the_template_browser_with_pictures(server: ComfyServer) -> None:
     templates = json.loads(server.get("/workflow_templates"))["ComfyUI-MoMA"]
-    assert sorted(templates) == NAMES and len(NAMES) == 10
+    assert sorted(templates) == NAMES and len(NAMES) == 11
     for name in NAMES:
         picture = Image.open(io.BytesIO(server.get(f"/api/workflow_templates/ComfyUI-MoMA/{name}.jpg")))
         assert picture.size == (768, 512)
