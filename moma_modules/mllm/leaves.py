@@ -12,6 +12,7 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
+from .blocks import product_in_blocks
 from .weights import quantize_rows
 
 NF4_BLOCK = 64
@@ -19,6 +20,10 @@ NF4_BLOCK = 64
 
 OUTLIER = 6.0
 """Activations above it are multiplied in 16 bit (LLM.int8(), arXiv 2208.07339, section 3.2)."""
+
+
+INT8_LARGEST = 127.0
+"""What a scale of LLM.int8() stands for: the largest magnitude of its row."""
 
 
 class CastLinear(comfy.ops.manual_cast.Linear):
@@ -30,6 +35,15 @@ class CastLinear(comfy.ops.manual_cast.Linear):
 
     weight: nn.Parameter
     _home: Tensor | None = None
+
+    def forward_comfy_cast_weights(self, x: Tensor) -> Tensor:
+        """ComfyUI's own, but on a CPU without a copy of the whole weight in another dtype."""
+        if self.weight.dtype == x.dtype or not self._all_on_cpu(x):
+            return super().forward_comfy_cast_weights(x)
+        return product_in_blocks(x, self.weight, None, None if self.bias is None else self.bias.to(x.dtype))
+
+    def _all_on_cpu(self, x: Tensor) -> bool:
+        return x.device.type == self.weight.device.type == "cpu" and not self.weight_function
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         here = self.weight.device
@@ -78,6 +92,8 @@ class RowScaledLinear(PackedLinear):
 
     def multiply(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         """Scale the weight, not the product: that could overflow fp16."""
+        if x.device.type == "cpu":
+            return product_in_blocks(x, weight, scale, bias)
         dense = weight.to(x.dtype).mul_(scale.to(x.dtype)[:, None])
         return nn.functional.linear(x, dense, bias)
 
@@ -106,14 +122,15 @@ class Int8Linear(PackingLinear):
         return packed, scale
 
     def multiply(self, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        """Multiply with bitsandbytes, whose GPU kernels take fp16."""
+        """Multiply with bitsandbytes, whose GPU kernels take fp16; on a CPU it takes ten times as long as blocks."""
+        if x.device.type == "cpu":
+            return product_in_blocks(x, weight, scale / INT8_LARGEST, bias)
         import bitsandbytes
 
         state = bitsandbytes.MatmulLtState()
         state.CB, state.SCB, state.has_fp16_weights, state.threshold = weight, scale, False, OUTLIER
-        values = x if x.device.type == "cpu" else x.half()
-        bias = None if bias is None else bias.to(values.dtype)
-        return bitsandbytes.matmul(values, weight, bias=bias, state=state).to(x.dtype)
+        bias = None if bias is None else bias.half()
+        return bitsandbytes.matmul(x.half(), weight, bias=bias, state=state).to(x.dtype)
 
 
 class Nf4Linear(PackingLinear):

@@ -23,6 +23,7 @@ from ..host.disk import portable
 from ..host.folders import MODELS, model_folder, model_roots, searched
 from ..host.messages import FileProgress
 from ..host.weight_files import readable
+from .beginnings import Beginnings
 from .checkpoint import Checkpoint, read_checkpoint, read_named_weights
 from .checkpoint_files import absent_files, checkpoint_identity, find_checkpoints, incomplete
 from .leaves import CastLinear, PackingLinear, RowScaledLinear
@@ -77,10 +78,12 @@ class LoadedMllm:
     Attributes:
         patcher: Holds the `MllmModule`; ComfyUI loads and offloads it.
         plan: How it is kept and computed.
+        beginnings: What it made of the beginnings of instructions.
     """
 
     patcher: comfy.model_patcher.ModelPatcher
     plan: Plan
+    beginnings: Beginnings
 
     @property
     def module(self) -> MllmModule:
@@ -206,7 +209,7 @@ def load_checkpoint(checkpoint: Checkpoint, plan: Plan, device: torch.device) ->
     patcher = comfy.model_patcher.CoreModelPatcher(
         module, load_device=device, offload_device=comfy.model_management.text_encoder_offload_device()
     )
-    return LoadedMllm(patcher, plan)
+    return LoadedMllm(patcher, plan, Beginnings(patcher))
 
 
 def _linear(key: str, weights: dict[str, Tensor], storage: str | None) -> type[CastLinear]:

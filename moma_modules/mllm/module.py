@@ -5,16 +5,19 @@ work without the MLLM, can do without.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .seam import bring_strays
+from .seam import bring_strays, cache_argument
 from .weights import LanguageShape, VisionShape
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig, LlamaConfig
+
+    from .key_values import KeyValues
+    from .packed import Packed
 
 
 class MllmModule(nn.Module):
@@ -46,10 +49,23 @@ class MllmModule(nn.Module):
         """Token ids [1, L] to embeddings [1, L, hidden]."""
         return self.language.embed_tokens(ids)
 
-    def last_hidden_state(self, embeddings: Tensor) -> Tensor:
-        """[1, L, hidden] to [1, hidden]: the last token after the final norm."""
+    def hidden_states(
+        self, embeddings: Tensor, key_values: "KeyValues | None" = None, packed: "Packed | None" = None
+    ) -> Tensor:
+        """[1, L, hidden] to [1, L, hidden], after the final norm. Each token sees those before it.
+
+        Args:
+            key_values: What was before, and what is to be kept; needs `packed`.
+            packed: Who sees whom instead, and at which positions.
+        """
         bring_strays(self, embeddings.device, embeddings.dtype)
-        return self.language(inputs_embeds=embeddings, use_cache=False).last_hidden_state[:, -1]
+        given: dict[str, Any] = {"use_cache": False}
+        if key_values is not None:
+            given = {cache_argument(self.language): key_values, "use_cache": True}
+        if packed is not None:
+            mask = packed.mask(embeddings.dtype).to(embeddings.device)
+            given |= {"attention_mask": mask, "position_ids": packed.positions().to(embeddings.device)}
+        return self.language(inputs_embeds=embeddings, **given).last_hidden_state
 
     def layers(self) -> list[nn.Module]:
         """All transformer layers in the order they run, for progress."""

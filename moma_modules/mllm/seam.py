@@ -5,6 +5,7 @@ their weights to their input; a table of rows has no input to go by and is told 
 (norm weights, the class embedding, constants) is brought before each forward.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,11 @@ def bring_strays(module: nn.Module, device: torch.device, dtype: torch.dtype) ->
                 setattr(owner, name, nn.Parameter(parameter.to(device, dtype), requires_grad=False))
         for name, buffer in owner.named_buffers(recurse=False):
             setattr(owner, name, buffer.to(device))
+
+
+def cache_argument(language: nn.Module) -> str:
+    """What `LlamaModel.forward` calls the keys and values of what was before; transformers renamed it in 5.24."""
+    return "cache" if "cache" in inspect.signature(language.forward).parameters else "past_key_values"
 
 
 def _comfy_leaf(leaf: nn.Module, dtype: torch.dtype, linear: type[CastLinear]) -> nn.Module | None:

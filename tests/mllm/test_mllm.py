@@ -156,8 +156,8 @@ def test_matrices_keep_the_dtype_of_the_file() -> None:
 
 
 def test_cancelling_stops_at_a_layer_and_leaves_nothing() -> None:
+    expected = hidden(load(CHECKPOINT))
     mllm = load(CHECKPOINT)
-    expected = hidden(mllm)
     passed: list[int] = []
     module = mllm.loaded.module
     stop = module.layers()[2].register_forward_hook(
