@@ -18,7 +18,14 @@ from ..moma_modules.mllm.loading import Mllm
 from ..moma_modules.prompt.choices import choose, fingerprint, has_choice
 from ..moma_modules.prompt.clip_tokens import visible
 from ..moma_modules.prompt.text import check_characters, plain_text
-from ..moma_modules.subject.file import check_prefix, load_subject, save_numbered, subject_names, subject_path
+from ..moma_modules.subject.file import (
+    check_prefix,
+    load_subject,
+    pictures_path,
+    save_numbered,
+    subject_names,
+    subject_path,
+)
 from ..moma_modules.subject.reference_image import FITS, prepare_references
 from ..moma_modules.subject.reference_mask import DEFAULT_THRESHOLD
 from ..moma_modules.subject.subject import Subject, combine_subjects
@@ -193,6 +200,14 @@ class SaveSubject(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix", default="subject", tooltip="May hold a subfolder, as in 'cars/red'."
                 ),
+                io.Boolean.Input(
+                    "separate_pictures",
+                    default=False,
+                    optional=True,
+                    tooltip="Keep picture and mask in a file beside it, which subjects of the same picture in that "
+                    "folder share. For many subjects of few pictures.",
+                    advanced=True,
+                ),
             ],
             outputs=[],
             is_output_node=True,
@@ -207,11 +222,13 @@ class SaveSubject(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, subject: Subject, filename_prefix: str) -> io.NodeOutput:
-        path = save_numbered(subject, filename_prefix)
-        subfolder = path.parent.relative_to(folder_paths.get_output_directory())
-        saved = {"filename": path.name, "subfolder": str(subfolder), "type": "output"}
-        return io.NodeOutput(ui={"moma_subjects": [saved]})
+    def execute(cls, subject: Subject, filename_prefix: str, separate_pictures: bool = False) -> io.NodeOutput:
+        path = save_numbered(subject, filename_prefix, separate_pictures)
+        place = {"subfolder": str(path.parent.relative_to(folder_paths.get_output_directory())), "type": "output"}
+        shown = {"moma_subjects": [{"filename": path.name, **place}]}
+        if beside := pictures_path(path):
+            shown["moma_pictures"] = [{"filename": beside.name, **place}]
+        return io.NodeOutput(ui=shown)
 
 
 class LoadSubject(io.ComfyNode):

@@ -1,4 +1,4 @@
-"""Writes workflows/, subgraphs/ and tests/api/ anew from `workflow_specs.py` and the live node definitions."""
+"""Writes all workflows anew, also as API prompts, from `workflow_specs.py` and the live node definitions."""
 
 import tempfile
 from pathlib import Path
@@ -6,7 +6,9 @@ from pathlib import Path
 from comfyui_source import ROOT
 from graph import Json, dump
 from inside import comfyui_inside
-from workflow_specs import PERSONALIZE, WORKFLOWS, personalize
+from workflow_specs import PERSONALIZE, WORKFLOWS, new_context, personalize
+
+BESIDE = ("MoMASubjectMask", "MoMASaveSubject")
 
 
 def files(info: Json) -> dict[Path, str]:
@@ -16,10 +18,16 @@ def files(info: Json) -> dict[Path, str]:
         graph = describe()
         written[ROOT / "workflows" / f"{graph.name}.json"] = dump(graph.ui(info))
         written[ROOT / "tests" / "api" / f"{graph.name}.json"] = dump(graph.api(info))
+    written[ROOT / "moma_batch" / "default.json"] = dump(for_rows(new_context().api(info)))
     graph, inputs, outputs = personalize()
     written[ROOT / "subgraphs" / f"{PERSONALIZE.name}.json"] = dump(graph.blueprint(info, PERSONALIZE, inputs, outputs))
     written[ROOT / "tests" / "api" / "blueprint" / "personalize.json"] = dump(graph.api(info, prefix="1:"))
     return written
+
+
+def for_rows(prompt: Json) -> Json:
+    """A prompt for many rows: only the picture is kept of each."""
+    return {name: node for name, node in prompt.items() if node["class_type"] not in BESIDE}
 
 
 def main() -> None:

@@ -66,6 +66,7 @@ def combine_subjects(first: Subject, second: Subject) -> Subject:
     share = len(first.images) / (len(first.images) + len(second.images))
     return replace(
         first,
+        adapter=first.adapter or second.adapter,
         embedding=first.embedding * share + second.embedding * (1 - share),
         images=torch.cat([first.images, second.images]),
         masks=torch.cat([first.masks, second.masks]),

@@ -480,7 +480,7 @@ def subject_file(path: Path, metadata: dict[str, str] | None = None, **tensors: 
 @pytest.mark.parametrize(
     ("metadata", "tensors", "message"),
     [
-        ({"version": "99"}, {}, "has format version '99'; this version of the pack reads 1. Update ComfyUI-MoMA"),
+        ({"version": "99"}, {}, "has format version '99'; this version of the pack reads 1 and 2. Update ComfyUI-MoMA"),
         ({"subject": " "}, {}, "has no subject word"),
         (
             {},

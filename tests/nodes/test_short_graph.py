@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from comfyui_moma.moma_modules.subject.subject import combine_subjects
 from comfyui_moma.nodes.conditioning import TextEncode
 from comfyui_moma.nodes.loaders import LoadAdapter, LoadBoth, LoadMllm
 from comfyui_moma.nodes.patches import ApplyAdapter, ApplySubject, SelfAttnShortcut
@@ -70,6 +71,14 @@ def test_a_saved_subject_needs_its_adapter(model: Any, adapter: Any, subject: An
 def test_a_subject_is_the_same_one_with_and_without_its_adapter(adapter: Any, subject: Any) -> None:
     own = replace(subject, adapter=adapter)
     assert own.key == subject.key and own == own and "adapter=" not in repr(own)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_two_references_one_may_be_saved(
+    model: Any, adapter: Any, subject: Any, parts: dict[str, Any], order: int
+) -> None:
+    both = combine_subjects(*[replace(subject, adapter=adapter), subject][::order])
+    assert ApplySubject.execute(model, subject=both, prompt=PROMPT, strength=1.0, weight=1.0, **parts).args
 
 
 @pytest.mark.parametrize("missing", ["model_name", "adapter_name"])

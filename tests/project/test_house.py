@@ -100,7 +100,7 @@ def test_tests_lie_in_folders_like_those_of_what_they_test() -> None:
     assert not list(tests.glob("test_*.py"))
     assert {path.parent.name for path in tests.glob("*/test_*.py")} == {
         *MAY_IMPORT,
-        *("nodes", "training", "workbench"),
+        *("batch", "nodes", "training", "workbench"),
         *("other_nodes", "server", "project"),
     }
 

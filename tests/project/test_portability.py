@@ -16,7 +16,7 @@ from workbench import ROOT
 
 pytestmark = pytest.mark.newest
 
-FOLDERS = ("benchmarks", "moma_modules", "nodes", "scripts", "tests", "training", "workbench")
+FOLDERS = ("benchmarks", "moma_batch", "moma_modules", "nodes", "scripts", "tests", "training", "workbench")
 FILES = sorted([ROOT / "__init__.py", *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))])
 TEXT = {"read_text": 0, "write_text": 1}
 """Methods that read or write text, and which argument the encoding is."""
@@ -28,7 +28,7 @@ OPENING = {
     "TemporaryFile": (0, "b"),
 }
 """Functions that open a file: which argument the mode is, and what it is by default."""
-OTHERS = ("Image", "tarfile")
+OTHERS = ("Image", "os", "tarfile")
 """Their `open` reads no text."""
 
 
@@ -65,6 +65,7 @@ def in_the_locale(tree: ast.AST) -> Iterator[int]:
         ("path.open('ab')", False),
         ("path.open()", True),
         ("Image.open(path)", False),
+        ("os.open(path, os.O_RDONLY)", False),
         ("tempfile.NamedTemporaryFile()", False),
         ("tempfile.NamedTemporaryFile('w')", True),
         ("subprocess.run(words, text=True)", True),

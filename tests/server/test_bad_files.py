@@ -97,7 +97,7 @@ def test_a_bad_adapter(server: ComfyServer, name: str, message: str) -> None:
     [
         ("page.safetensors", r"page\.safetensors is not a readable \.safetensors file"),
         ("lora.safetensors", r"lora\.safetensors is not a saved MoMA subject \(format None\)"),
-        ("future.safetensors", "has format version '99'; this version of the pack reads 1. Update ComfyUI-MoMA"),
+        ("future.safetensors", "has format version '99'; this version of the pack reads 1 and 2. Update ComfyUI-MoMA"),
     ],
 )
 def test_a_bad_subject(server: ComfyServer, name: str, message: str) -> None:

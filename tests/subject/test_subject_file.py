@@ -49,7 +49,7 @@ def _rewrite(path: Path, metadata: dict[str, str | None], **tensors: torch.Tenso
     ("metadata", "tensors", "message"),
     [
         ({"format": "lora"}, {}, r"is not a saved MoMA subject \(format 'lora'\)"),
-        ({"version": "2"}, {}, "has format version '2'; this version of the pack reads 1. Update ComfyUI-MoMA"),
+        ({"version": "3"}, {}, "has format version '3'; this version of the pack reads 1 and 2. Update ComfyUI-MoMA"),
         ({"prompt": None}, {}, "lacks the entry 'prompt'"),
         ({}, {"masks": None}, "should hold embedding, images and masks, found embedding, images"),
         ({}, {"masks": torch.zeros(1, 512, 512, dtype=torch.uint8)}, "a mask is empty"),

@@ -1,0 +1,249 @@
+"""The commands: check, run, status, retry, report."""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from .backend import LocalBackend
+from .driver import OK, SOME_FAILED, USAGE, Driver, Limits
+from .index import Index
+from .journal import Journal, entries
+from .lock import LockedError, is_held, only_driver
+from .models import Weights, find_comfyui, find_python, graphics_cards
+from .plan import Planner, replay
+from .process import Launch
+from .progress import Progress
+from .report import write_report
+from .results import PLAN, is_there, write_plan, write_results
+from .server import GoneError, Server
+from .table import TableError
+from .worker import Patience, WorkerSpec
+from .workflow import DEFAULT
+
+VERSION = 1
+FAILED = ("refused", "failed", "poison")
+MEGABYTE = 1 << 20
+
+
+def main(words: list[str]) -> int:
+    """Run what the command line asks for; the exit status."""
+    options = _parser().parse_args(words)
+    try:
+        return int(options.command(options))
+    except (TableError, LockedError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="moma_batch", description="Many rows of a table through ComfyUI.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="make every picture that is not there; the same command resumes")
+    check = commands.add_parser("check", help="read the table and say what is wrong with it; runs nothing")
+    for command in (run, check):
+        command.add_argument("table", type=Path, help=".csv, .jsonl or .parquet")
+        command.add_argument("--out", type=Path, required=True, help="the run's folder")
+        command.add_argument("--workflow", type=Path, default=DEFAULT, help="an API prompt, for rows that name none")
+        command.add_argument("--inputs", type=Path, action="append", default=[], help="one more folder with pictures")
+        command.add_argument("--one-phase", action="store_true", help="do not encode the subjects first")
+        command.add_argument("--comfyui", type=Path, help="the folder of the ComfyUI to start")
+        command.add_argument("--server", action="append", default=[], metavar="URL", help="a server that runs already")
+    run.add_argument("--only", choices=("encode", "sample"), help="one phase alone")
+    run.add_argument("--workers", type=int, help="how many ComfyUIs to start; default: one for each card, else one")
+    run.add_argument("--python", help="the Python that can run ComfyUI")
+    run.add_argument("--comfyui-args", default="", help="more for ComfyUI's command line, in one argument")
+    run.add_argument("--timeout", type=float, default=1800, help="seconds after which a prompt counts as hung")
+    run.add_argument("--server-wait", type=float, default=300, help="seconds to wait for a server that is away")
+    run.add_argument("--restart-after", type=int, default=0, help="start a ComfyUI anew after so many prompts")
+    run.add_argument("--max-memory", type=int, default=0, metavar="MB", help="start a ComfyUI anew that holds more")
+    run.add_argument("--keep-free", type=int, default=256, metavar="MB", help="stop when less is free on the disk")
+    run.set_defaults(command=_run)
+    check.set_defaults(command=_check)
+    for name, command_, help_ in (
+        ("status", _status, "say how far a run is"),
+        ("retry", _retry, "let the next run try failed rows again"),
+        ("report", _report, "write report.html"),
+    ):
+        command = commands.add_parser(name, help=help_)
+        command.add_argument("--out", type=Path, required=True, help="the run's folder")
+        command.set_defaults(command=command_)
+        if name == "retry":
+            command.add_argument("ids", nargs="*", metavar="ID", help="rows by id; without any, all that failed")
+    return parser
+
+
+def _planner(options: argparse.Namespace, index: Index) -> Planner:
+    identity = (lambda _: []) if options.server else Weights(find_comfyui(options.comfyui)).identity
+    workflow = options.workflow.resolve()
+    return Planner(options.table, index, workflow, options.inputs, identity, not options.one_phase)
+
+
+def _prepared(options: argparse.Namespace, index: Index) -> int:
+    """Plan, and take over what the journal knows; how many rows there are."""
+    rows = _planner(options, index).plan()
+    for line in replay(options.out, index, lambda entry: is_there(options.out, entry)):
+        print(line, file=sys.stderr)
+    index.group()
+    return rows
+
+
+def _check(options: argparse.Namespace) -> int:
+    options.out.mkdir(parents=True, exist_ok=True)
+    with only_driver(options.out), contextlib.closing(Index(options.out)) as index:
+        rows = _prepared(options, index)
+        bad = [task for task in index.tasks() if task.state == "invalid"] if index.counts(False).get("invalid") else []
+        for task in bad:
+            print(f"row {task.row} ({task.id}): {task.message}")
+        missing = _missing_nodes(options)
+        for line in missing:
+            print(line)
+        pictures, subjects = index.counts(False), index.counts(True)
+        print(
+            f"{rows} rows: {sum(pictures.values())} pictures, {sum(subjects.values())} subjects to encode, "
+            f"{pictures.get('ok', 0)} pictures done, {len(bad)} rows cannot be used."
+        )
+        return SOME_FAILED if bad or missing else OK
+
+
+def _missing_nodes(options: argparse.Namespace) -> list[str]:
+    """What the servers of the command line lack for the workflow."""
+    wanted = {node["class_type"] for node in json.loads(options.workflow.read_text(encoding="utf-8-sig")).values()}
+    lines = []
+    for url in options.server:
+        try:
+            lacking = sorted(wanted - Server(url).node_classes())
+        except GoneError as error:
+            lines.append(str(error))
+            continue
+        if lacking:
+            lines.append(f"{url} does not have the nodes {', '.join(lacking)}")
+    return lines
+
+
+def _run(options: argparse.Namespace) -> int:
+    options.out.mkdir(parents=True, exist_ok=True)
+    options.out = options.out.resolve()
+    specs = _workers(options)
+    with only_driver(options.out), contextlib.closing(Index(options.out)) as index:
+        journal = Journal(options.out)
+        rows = _prepared(options, index)
+        run_id = _run_id(options.out)
+        content = {"version": VERSION, "run": run_id, "table": str(options.table.resolve()), "rows": rows}
+        content |= {"pictures": sum(index.counts(False).values()), "subjects": sum(index.counts(True).values())}
+        content |= {"workers": [spec.name for spec in specs]}
+        write_plan(options.out, content)
+        progress = Progress(lambda: (index.counts(True), index.counts(False)))
+        journal.add("run", {"host": socket.gethostname(), "pid": os.getpid(), "workers": content["workers"]})
+        encodes = {None: None, "encode": True, "sample": False}[options.only]
+        limits = Limits(options.timeout, options.keep_free * MEGABYTE, encodes)
+        backend = LocalBackend(specs)
+        driver = Driver(options.out, run_id, index, journal, backend, limits, progress.line, progress.tick)
+        with _signals(driver, progress):
+            status = driver.run()
+        progress.tick(now=True)
+        with contextlib.suppress(OSError):  # a full disk: the next run writes it
+            write_results(options.out, index)
+        journal.close()
+        return status
+
+
+def _run_id(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / PLAN).read_text(encoding="utf-8"))["run"])
+    except (OSError, ValueError, KeyError):
+        return uuid.uuid4().hex
+
+
+def _workers(options: argparse.Namespace) -> list[WorkerSpec]:
+    patience = Patience(back=options.server_wait)
+    if options.server:
+        if options.workers or options.comfyui:
+            raise ValueError("--server names servers that run already: leave out --workers and --comfyui")
+        urls = [Server(url).url for url in options.server]
+        if len(set(urls)) < len(urls):
+            raise ValueError("--server names one server twice")
+        return [WorkerSpec(url, url, None, patience) for url in urls]
+    comfyui = find_comfyui(options.comfyui)
+    python, cards = find_python(options.python, comfyui), graphics_cards()
+    more = shlex.split(options.comfyui_args)
+    specs = []
+    for number in range(options.workers or cards or 1):
+        place = ["--cuda-device", str(number % cards)] if cards else [] if sys.platform == "darwin" else ["--cpu"]
+        launch = Launch(comfyui, python, options.out / "workers" / str(number + 1), [*place, *more])
+        name, memory = f"worker {number + 1}", options.max_memory * MEGABYTE
+        specs.append(WorkerSpec(name, "", launch, patience, options.restart_after, memory))
+    return specs
+
+
+@contextlib.contextmanager
+def _signals(driver: Driver, progress: Progress) -> Iterator[None]:
+    """Ctrl-C, and what Slurm and Kubernetes send before they end a process."""
+
+    def asked(number: int, frame: FrameType | None) -> None:
+        driver.stop()
+        text = "Ending what runs; Ctrl-C once more stops it at once." if driver.stops == 1 else "Stopping at once."
+        progress.line(text)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, asked) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _plan_of(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / PLAN).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise TableError(f"{folder} is no folder of a run: {error}") from error
+
+
+def _status(options: argparse.Namespace) -> int:
+    plan = _plan_of(options.out)
+    states: dict[str, dict[str, str]] = {"pictures": {}, "subjects": {}}
+    for entry in entries(options.out):
+        if entry["event"] in ("end", "retry"):
+            kind = "subjects" if str(entry["task"]).startswith("encoding:") else "pictures"
+            states[kind][str(entry["task"])] = str(entry.get("status", "waiting"))
+    for kind, found in states.items():
+        counts = {state: list(found.values()).count(state) for state in ("ok", *FAILED)}
+        said = ", ".join(f"{state} {count}" for state, count in counts.items() if count) or "none yet"
+        print(f"{kind}: {said}, of {plan[kind]}")
+    print("A driver works in the folder." if is_held(options.out) else "No driver works in the folder.")
+    return OK
+
+
+def _retry(options: argparse.Namespace) -> int:
+    _plan_of(options.out)
+    with only_driver(options.out):
+        failed: dict[str, bool] = {}
+        for entry in entries(options.out):
+            if entry["event"] in ("end", "retry"):
+                failed[str(entry["task"])] = entry.get("status") in FAILED
+        chosen = [task for task, bad in failed.items() if bad]
+        if unknown := [name for name in options.ids if name not in chosen]:
+            raise ValueError(f"{unknown[0]!r} has not failed. Failed: {', '.join(chosen[:20]) or 'none'}")
+        journal = Journal(options.out)
+        for task in options.ids or chosen:
+            journal.add("retry", {"task": task})
+        journal.close()
+        print(f"The next run tries {len(options.ids or chosen)} again.")
+    return OK
+
+
+def _report(options: argparse.Namespace) -> int:
+    _plan_of(options.out)
+    print(f"Wrote {write_report(options.out)}")
+    return OK

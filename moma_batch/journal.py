@@ -1,0 +1,72 @@
+"""The journal: one JSON object a line, only ever appended to. It is the truth; everything else is made of it."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+NAME = "journal.jsonl"
+
+
+class Journal:
+    """Appends to `journal.jsonl` in a folder; only the driver does."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open it. A last line that a crash cut off is closed, so that the next one is whole."""
+        self._file = (folder / NAME).open("ab+")
+        self._file.seek(0, os.SEEK_END)
+        self._close_torn_line()
+
+    def _close_torn_line(self) -> None:
+        if self._file.tell() == 0:
+            return
+        self._file.seek(-1, os.SEEK_END)
+        if self._file.read(1) != b"\n":
+            self._file.write(b"\n")
+
+    def add(self, event: str, entry: Mapping[str, Any], kept: bool = True) -> None:
+        """Append one entry.
+
+        Args:
+            kept: Return only once it is on the disk. An entry that does not get there whole leaves no half line.
+        """
+        line = json.dumps({"event": event, "at": round(time.time(), 3), **entry}).encode() + b"\n"
+        start = self._file.seek(0, os.SEEK_END)
+        try:
+            self._file.write(line)
+            self._file.flush()
+            if kept:
+                os.fsync(self._file.fileno())
+        except OSError:
+            self._discard(start)
+            raise
+
+    def _discard(self, start: int) -> None:
+        """Forget what could not be written, in the buffer too."""
+        name = self._file.name
+        with contextlib.suppress(OSError):
+            self._file.close()
+        os.truncate(name, start)
+        self._file = open(name, "ab+")  # noqa: SIM115
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def entries(folder: Path) -> Iterator[dict[str, Any]]:
+    """The entries in their order; what a crash cut off is left out."""
+    path = folder / NAME
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                found = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(found, dict) and "event" in found:
+                yield found
