@@ -49,7 +49,9 @@ def test_the_picture_is_that_of_the_single_nodes(
         parts["clip"], subject, chosen["prompt"], "photo of a {subject}. {prompt}"
     ).args
     assert text == same_text
-    assert torch.equal(sample(patched, positive, negative()), sample(single, encoded, negative()))
+    # From the highest noise level on, where the shortcut is still off.
+    options = {"sampler": "euler", "scheduler": "normal"}
+    assert torch.equal(sample(patched, positive, negative(), **options), sample(single, encoded, negative(), **options))
 
 
 def test_the_model_that_comes_in_stays_as_it_is(model: Any, adapter: Any, subject: Any, parts: dict[str, Any]) -> None:
