@@ -23,7 +23,7 @@ CONFIG: dict[str, Any] = {
     "attn_resolutions": [],
     "dropout": 0.0,
 }
-PLAN = Plan(samples=60_000, batch=8, rate=1e-3, ema=0.998)
+PLAN = Plan(samples=32_000, batch=8, rate=1e-3, ema=0.998)
 _CROP = 64
 """First pictures are seen in parts: four times as many for the same arithmetic."""
 _WHOLE_FROM = 0.6
