@@ -12,6 +12,17 @@ from ..moma_modules.subject.subject import Subject
 from .types import CATEGORY, SEARCH_ALIASES, MomaSubject
 
 
+def prompt_input() -> io.Input:
+    """The prompt of a node that encodes one for a subject."""
+    return io.String.Input(
+        "prompt",
+        multiline=True,
+        default="",
+        tooltip="Empty: the prompt that the subject was extracted for. Another text works too, and saves a "
+        "run of the MLLM, but follows the prompt less closely. Of {beach|city}, each run takes one.",
+    )
+
+
 class TextEncode(io.ComfyNode):
     """A positive conditioning that knows where the subject's tokens are."""
 
@@ -27,13 +38,7 @@ class TextEncode(io.ComfyNode):
             inputs=[
                 io.Clip.Input("clip", tooltip="The CLIP of the SD1.5 checkpoint."),
                 MomaSubject.Input("subject", tooltip="From Extract Subject Features or Load MoMA Subject."),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    default="",
-                    tooltip="Empty: the prompt that the subject was extracted for. Another text works too, and saves a "
-                    "run of the MLLM, but follows the prompt less closely. Of {beach|city}, each run takes one.",
-                ),
+                prompt_input(),
                 io.String.Input(
                     "template",
                     default=PROMPT_TEMPLATE,

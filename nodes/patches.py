@@ -15,7 +15,7 @@ from ..moma_modules.sampling.settings import ImageTokens, Settings, Shortcut, Wi
 from ..moma_modules.sampling.unet import check_model
 from ..moma_modules.sampling.wrappers import patched
 from ..moma_modules.subject.subject import Subject
-from .conditioning import TextEncode
+from .conditioning import TextEncode, prompt_input
 from .types import CATEGORY, SEARCH_ALIASES, MomaAdapter, MomaSubject
 
 SHORTCUT_START = 0.05
@@ -238,13 +238,7 @@ class ApplySubject(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The CLIP of the SD1.5 checkpoint."),
                 io.Vae.Input("vae", tooltip="The VAE of the SD1.5 checkpoint; encodes the reference pictures."),
                 MomaSubject.Input("subject", tooltip="From Extract Subject Features or Load MoMA Subject."),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    default="",
-                    tooltip="Empty: the prompt that the subject was extracted for. Another text works too, and saves a "
-                    "run of the MLLM, but follows the prompt less closely. Of {beach|city}, each run takes one.",
-                ),
+                prompt_input(),
                 _strength_input(),
                 _weight_input(advanced=True),
                 _region_input(),

@@ -185,7 +185,7 @@ class Training:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file that is there whole or not at all; what a kill leaves of it, the next write takes the place of."""
     partial = path.with_name(path.name + ".part")
     write(partial)
     os.replace(partial, path)

@@ -62,7 +62,8 @@ def read_header(path: Path) -> Header:
         ValueError: The file is unreadable.
     """
     with readable(path), safe_open(path, framework="pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        names = file.keys()
+        slices = {name: file.get_slice(name) for name in names}
         tensors = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
         return Header(file.metadata() or {}, tensors)
 

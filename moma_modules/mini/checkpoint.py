@@ -7,7 +7,7 @@ text encoder and the VAE in one size. So its classes are given the sizes here, f
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.model_detection
 import comfy.model_management
@@ -34,7 +34,7 @@ UNET, TEXT, VAE = "model.diffusion_model.", "cond_stage_model.transformer.text_m
 class MiniSD15(comfy.supported_models.SD15):
     """SD1.5 in other sizes."""
 
-    unet_config: dict[str, Any] = {}  # noqa: RUF012  ComfyUI's own form
+    unet_config: ClassVar[dict[str, Any]] = {}
 
 
 def is_mini_checkpoint(path: Path) -> bool:
