@@ -7,6 +7,7 @@ from .conditioning import MarkSubject, TextEncode
 from .convert import ConvertMllm
 from .loaders import LoadAdapter, LoadBoth, LoadMllm
 from .mask import SubjectMask
+from .mini import LoadMini
 from .patches import ApplyAdapter, ApplySubject, SelfAttnShortcut
 from .study import ContactSheet, ListItem, StrengthStudy
 from .subject import CombineSubjects, ExtractSubject, LoadSubject, SaveSubject
@@ -15,6 +16,7 @@ NODES: list[type[io.ComfyNode]] = [
     LoadBoth,
     LoadMllm,
     LoadAdapter,
+    LoadMini,
     ConvertMllm,
     ExtractSubject,
     CombineSubjects,

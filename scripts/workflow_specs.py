@@ -43,6 +43,41 @@ class Base:
     named: dict[str, Node] = field(default_factory=dict)
 
 
+def try_it() -> Graph:
+    """The small world that comes with the pack: one subject, somewhere else and made of something else."""
+    graph = Graph("try_it", (340, 380, 380, 300, 340))
+    mini = graph.add("MoMALoadMini", 0, ckpt_name="moma_mini.safetensors", example="striped cup", asks=("example",))
+    files = graph.add(
+        "MoMALoad", 0, model_name="moma_mini_llava", adapter_name="moma_mini_adapter.safetensors"
+    )
+    graph.add("PreviewImage", 0, images=mini.out("image"), title="The subject", tall=300)
+    outputs = (mini.out("model"), mini.out("clip"), mini.out("vae"))
+    base = Base(graph, mini, files, *outputs, named={"mllm": files})
+    graph.note(1, height=250)
+    negative = _negative(base, 2)
+    canvas = _canvas(base, 2, (128, 128))
+    for name, prompt, strength in (
+        ("new_context", "A cup on the moon.", 1.0),
+        ("new_texture", "A cup made of wood on the moon.", 0.4),
+    ):
+        subject = _extract(base, mini.out("image"), mini.out("mask"), prompt, save=False)
+        applied = graph.add(
+            "MoMAApplySubject",
+            2,
+            model=outputs[0],
+            clip=base.clip,
+            vae=base.vae,
+            subject=subject,
+            strength=strength,
+            asks=("strength",),
+        )
+        base.model = applied.out("model")
+        sampler = _sampler(base, (applied.out("positive"), negative), 3, canvas, steps=20, cfg=4.0)
+        decoded = graph.add("VAEDecode", 4, samples=sampler.out("LATENT"), vae=base.vae)
+        graph.add("SaveImage", 4, images=decoded.out("IMAGE"), filename_prefix=f"MoMA/try_it_{name}", tall=300)
+    return graph
+
+
 def simple() -> Graph:
     """One subject and one prompt, in as few nodes as they need."""
     graph = Graph("simple", WIDTHS)
@@ -302,6 +337,7 @@ def strength_study() -> Graph:
 
 
 WORKFLOWS = (
+    try_it,
     simple,
     new_context,
     new_texture,

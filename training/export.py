@@ -1,38 +1,66 @@
-"""From finished stages to files in the published formats: checkpoint, LLaVA folder, adapter."""
+"""From finished stages to files in the published formats (checkpoint, LLaVA folder, adapter), and back."""
 
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..moma_modules.mini.checkpoint import FORMAT, TEXT, TEXT_HEADS, UNET, VAE
-from ..moma_modules.mllm.checkpoint import PARTS
-from .adapter_weights import TrainableAdapter, save_adapter
-from .diffusion import TEXT_CONFIG, TextToImage
+from ..moma_modules.mini.checkpoint import FORMAT, TEXT, TEXT_HEADS, UNET, UNET_HEADS, VAE
+from ..moma_modules.adapter.file import read_adapter
+from ..moma_modules.mllm.checkpoint import PARTS, read_checkpoint
+from .adapter_weights import GATES, TrainableAdapter, save_adapter
+from .diffusion import HEADS, TEXT_CONFIG, TextToImage
 from .language import VISION, SubjectReader, language_shape, tokenizer_file
-from .loop import write_whole
+from .loop import Start, write_whole
 from .world import SIDE
 
 CHECKPOINT, MLLM, ADAPTER = "moma_mini.safetensors", "moma_mini_llava", "moma_mini_adapter.safetensors"
+TRAINED = "trained.json"
+"""What training needs to go on from the files: samples seen in each stage, and the latents' scale."""
+
 LARGEST = 40_000_000
 """Bytes of all files together."""
 
+_MAPPING = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 _STOCK_SCALE = 0.18215
 """What ComfyUI multiplies the latents of SD1.5's VAE by."""
 
 
+@dataclass(frozen=True)
+class Published:
+    """What each stage goes on from.
+
+    Attributes:
+        scale: What latents of the VAE are multiplied by for the UNet.
+    """
+
+    vae: Start
+    diffusion: Start
+    language: Start
+    adapter: Start
+    scale: float
+
+
 def export(
-    folder: Path, vae: Any, base: TextToImage, reader: SubjectReader, adapter: TrainableAdapter, scale: float
+    folder: Path,
+    vae: Any,
+    base: TextToImage,
+    reader: SubjectReader,
+    adapter: TrainableAdapter,
+    scale: float,
+    seen: Mapping[str, int],
 ) -> None:
     """Write all files into a folder.
 
     Args:
         scale: What the UNet was trained with: latents of the VAE times this.
+        seen: Samples that each stage has seen, by the names of `Published`.
 
     Raises:
         ValueError: A weight does not fit 16 bits, or the files are too large.
@@ -42,9 +70,46 @@ def export(
     parts = folder / "adapter.part"
     save_adapter(adapter.state_dict(), parts, SIDE, torch.float16).replace(folder / ADAPTER)
     shutil.rmtree(parts)
+    trained = json.dumps({"scale": scale, "seen": dict(seen)}, indent=1) + "\n"
+    (folder / TRAINED).write_text(trained, encoding="utf-8")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if size > LARGEST:
         raise ValueError(f"The files in {folder} have {size:,} bytes together, more than {LARGEST:,}.")
+
+
+def read_back(folder: Path) -> Published | None:
+    """What `export` wrote there, as the stages have it; None if it wrote nothing there."""
+    if not (folder / TRAINED).is_file():
+        return None
+    trained: dict[str, Any] = json.loads((folder / TRAINED).read_text("utf-8"))
+    scale, seen = trained["scale"], trained["seen"]
+    checkpoint = load_file(folder / CHECKPOINT)
+    parts = {
+        start: {key.removeprefix(start): value.float() for key, value in checkpoint.items() if key.startswith(start)}
+        for start in (VAE, TEXT, UNET)
+    }
+    prefix = "text.text_model." if any(key.startswith("text_model.") for key in _text_names()) else "text."
+    text_to_image = {f"unet.{key}": value for key, value in parts[UNET].items()}
+    text_to_image |= {prefix + key: value for key, value in parts[TEXT].items()}
+    read = read_adapter(folder / ADAPTER)
+    adapter = {f"weights.{key}": value.float() for key, value in read.tensors.items()}
+    mapping = {f"mapping.{key}": adapter[f"weights.mapping.{key}"] for key in _MAPPING}
+    llava = read_checkpoint(folder / MLLM)
+    mllm = {f"mllm.{part}.{key}": value.float() for part in PARTS for key, value in getattr(llava, part).items()}
+    return Published(
+        vae=Start(_rescaled(parts[VAE], _STOCK_SCALE / scale), seen["vae"]),
+        diffusion=Start(text_to_image, seen["diffusion"]),
+        language=Start({**mllm, **mapping}, seen["language"]),
+        adapter=Start({**adapter, GATES: torch.tensor(read.scales)}, seen["adapter"]),
+        scale=scale,
+    )
+
+
+def _text_names() -> list[str]:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    small = {**TEXT_CONFIG, "vocab_size": 2, "num_hidden_layers": 1, "bos_token_id": 0, "eos_token_id": 1}
+    return list(CLIPTextModel(CLIPTextConfig(**small)).state_dict())
 
 
 def export_checkpoint(path: Path, vae: Any, base: TextToImage, scale: float) -> None:
@@ -54,7 +119,7 @@ def export_checkpoint(path: Path, vae: Any, base: TextToImage, scale: float) -> 
     weights = {UNET + key: value for key, value in base.unet.state_dict().items()}
     weights |= {TEXT + key: value for key, value in text.items()}
     weights |= {VAE + key: value for key, value in _rescaled(vae.state_dict(), scale / _STOCK_SCALE).items()}
-    metadata = {"format": FORMAT, TEXT_HEADS: str(TEXT_CONFIG["num_attention_heads"])}
+    metadata = {"format": FORMAT, TEXT_HEADS: str(TEXT_CONFIG["num_attention_heads"]), UNET_HEADS: str(HEADS)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda partial: save_file(_halves(weights), partial, metadata=metadata))
 
@@ -73,15 +138,10 @@ def export_mllm(folder: Path, reader: SubjectReader) -> None:
 
 
 def _rescaled(weights: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
-    """A VAE whose latents are `factor` times as large, made by its last and its first convolution."""
-    rescaled = dict(weights)
-    channels = len(weights["quant_conv.weight"]) // 2
-    for name in ("quant_conv.weight", "quant_conv.bias"):
-        rescaled[name] = weights[name].clone()
-        rescaled[name][:channels] *= factor
-    rescaled["quant_conv.bias"][channels:] += 2 * torch.tensor(factor).log()
-    rescaled["post_quant_conv.weight"] = weights["post_quant_conv.weight"] / factor
-    return rescaled
+    """An autoencoder whose latents are `factor` times as large, made by the convolutions before and after them."""
+    last = max(int(key.split(".")[1]) for key in weights if key.startswith("encoder."))
+    larger = {f"encoder.{last}.{part}": weights[f"encoder.{last}.{part}"] * factor for part in ("weight", "bias")}
+    return {**weights, **larger, "decoder.0.weight": weights["decoder.0.weight"] / factor}
 
 
 def _halves(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

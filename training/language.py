@@ -1,7 +1,7 @@
-"""Stage 4: MoMA's language model, LLaVA in small. It sees the subject, reads the prompt and says what will be seen.
+"""Stage 3: MoMA's language model, LLaVA in small. It sees the subject, reads the prompt and says what will be seen.
 
 As in MoMA's first stage of training, vision tower, language model and mapping learn to give the vector of the picture
-that is asked for (here `eye`'s), from the reference on white and the instruction that the product gives.
+that is asked for (here `description`'s), from the reference on white and the instruction that the product gives.
 """
 
 import functools
@@ -21,14 +21,14 @@ from ..moma_modules.adapter.networks import Mapping
 from ..moma_modules.mllm.encode import IMAGE_TOKEN, pixel_values, prompt_ids
 from ..moma_modules.mllm.module import MllmModule, fill_constants
 from ..moma_modules.mllm.weights import LanguageShape, VisionShape
-from .data import scene_of, to_tensor
-from .eye import SIZE, Eye
-from .loop import Plan, Training, write_whole
+from .data import scene_of
+from .description import SIZE, described
+from .loop import Plan, Start, Training
 from .painter import paint
 from .words import SYNONYMS, prompt
 from .world import SIDE
 
-PLAN = Plan(samples=400_000, batch=32, rate=6e-4, ema=0.999)
+PLAN = Plan(samples=1_000_000, batch=32, rate=6e-4, ema=0.998)
 VISION = VisionShape(width=128, intermediate_size=320, layers=4, heads=2, patch_size=14, image_size=112)
 _VOCABULARY = 600
 _REFERENCE = SIDE
@@ -126,7 +126,7 @@ def reference_pixels(picture: np.ndarray[Any, Any], mask: np.ndarray[Any, Any]) 
 
 
 class _Asked(Dataset[tuple[Tensor, list[int], Tensor]]):
-    """References, instructions and the pictures that are asked for, of the subjects from `start` to `end`."""
+    """References, instructions and what the pictures that are asked for show, of the subjects from `start` to `end`."""
 
     def __init__(self, start: int, end: int) -> None:
         self._subjects = range(start, end)
@@ -141,7 +141,7 @@ class _Asked(Dataset[tuple[Tensor, list[int], Tensor]]):
         rng = random.Random(f"instruction {subject}")
         word = rng.choice(SYNONYMS[asked.subject.name])
         ids = prompt_ids(self._tokenizer, word, prompt(word, asked.place, asked.material, rng))
-        return reference_pixels(*paint(reference)), ids, to_tensor(paint(asked)[0])
+        return reference_pixels(*paint(reference)), ids, described(asked)
 
 
 def _together(rows: list[tuple[Tensor, list[int], Tensor]]) -> tuple[Tensor, list[list[int]], Tensor]:
@@ -149,24 +149,18 @@ def _together(rows: list[tuple[Tensor, list[int], Tensor]]) -> tuple[Tensor, lis
     return torch.stack(pixels), list(ids), torch.stack(asked)
 
 
-def train(folder: Path, eye: Eye, device: torch.device, plan: Plan = PLAN) -> None:
-    """Train, or go on, until the plan is fulfilled.
-
-    Args:
-        eye: Frozen; gives the vectors that are learned.
-    """
+def train(folder: Path, device: torch.device, plan: Plan = PLAN, start: Start | None = None) -> SubjectReader:
+    """Train, or go on, until the plan is fulfilled: the averaged model."""
     torch.manual_seed(0)
-    training = Training(SubjectReader(), plan, folder, device)
+    training = Training(SubjectReader(), plan, folder, device, start=start)
     subjects = _Asked(training.seen, plan.samples + plan.batch)
     source = iter(DataLoader(subjects, batch_size=plan.batch, collate_fn=_together))
 
     def loss_of(_: int) -> Tensor:
-        pixels, ids, asked = next(source)
+        pixels, ids, target = next(source)
         with torch.autocast(device.type, torch.bfloat16):
-            with torch.no_grad():
-                target = eye(asked.to(device))
             said = training.module(pixels.to(device), ids)
-        return (said.float() - target.float()).square().mean()
+        return (said.float() - target.to(device)).square().mean()
 
     training.run(loss_of, lambda: None)
-    write_whole(folder / "language.pt", lambda path: torch.save(training.averaged(), path))
+    return training.averaged_module()

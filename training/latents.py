@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from .data import Pictures
-from .vae import moments
 
 SHAPE = (4, 16, 16)
 SPREAD = 1.6
@@ -20,13 +19,18 @@ _BATCH = 64
 class Latents:
     """Latents of pictures 0 to N-1, scaled to `SPREAD`; float16 in a file, encoded as far as it goes."""
 
-    def __init__(self, file: Path, count: int) -> None:
-        """Open the file for so many pictures, or make it."""
+    def __init__(self, file: Path, count: int, scale: float | None = None) -> None:
+        """Open the file for so many pictures, or make it.
+
+        Args:
+            scale: What the encoder's latents are multiplied by; measured where None.
+        """
+        file.parent.mkdir(parents=True, exist_ok=True)
         self._done_file = file.with_suffix(".done")
         self._values = np.memmap(file, np.float16, "r+" if file.is_file() else "w+", shape=(count, *SHAPE))
         done = int(self._done_file.read_text("utf-8")) if self._done_file.is_file() else 0
         self._done = min(done, count)  # fewer pictures may be wanted now
-        self._scale: float | None = None
+        self._scale = scale
 
     def __len__(self) -> int:
         """How many there are."""
@@ -41,7 +45,8 @@ class Latents:
             if self._done >= total:
                 break
             with torch.autocast(device.type, torch.bfloat16):
-                found = moments(vae, pictures.to(device))[0].cpu().half().numpy()
+                shown = pictures.to(device, memory_format=torch.channels_last)
+                found = vae.encode(shown).float().cpu().half().numpy()
             end = min(self._done + _BATCH, total)
             self._values[self._done : end] = found[: end - self._done]
             self._done = end

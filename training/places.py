@@ -44,8 +44,8 @@ def _beach(draw: ImageDraw.ImageDraw, width: int, horizon: int, rng: random.Rand
 
 
 def _snow(draw: ImageDraw.ImageDraw, width: int, _: int, rng: random.Random) -> None:
-    for _flake in range(45):
-        _dot(draw, rng.uniform(0, width), rng.uniform(0, width), 5, (255, 255, 255))
+    for _flake in range(20):
+        _dot(draw, rng.uniform(0, width), rng.uniform(0, width), 8, (255, 255, 255))
 
 
 def _forest(draw: ImageDraw.ImageDraw, width: int, horizon: int, rng: random.Random) -> None:
@@ -59,10 +59,10 @@ def _city(draw: ImageDraw.ImageDraw, width: int, horizon: int, rng: random.Rando
     while x < width:
         house, top = rng.randint(48, 74), rng.randint(40, int(horizon * 0.6))
         draw.rectangle((x, top, x + house - 6, horizon), fill=_near((48, 48, 68), rng))
-        for left in range(x + 9, x + house - 18, 21):
-            for upper in range(top + 12, horizon - 12, 26):
+        for left in range(x + 9, x + house - 20, 26):
+            for upper in range(top + 14, horizon - 14, 34):
                 if rng.random() < 0.6:
-                    draw.rectangle((left, upper, left + 10, upper + 12), fill=(255, 216, 110))
+                    draw.rectangle((left, upper, left + 14, upper + 18), fill=(255, 216, 110))
         x += house
 
 
@@ -72,23 +72,23 @@ def _desert(draw: ImageDraw.ImageDraw, width: int, horizon: int, rng: random.Ran
 
 
 def _water(draw: ImageDraw.ImageDraw, width: int, _: int, rng: random.Random) -> None:
-    for _bubble in range(16):
-        x, y, radius = rng.uniform(0, width), rng.uniform(0, width * 0.9), rng.uniform(6, 14)
+    for _bubble in range(9):
+        x, y, radius = rng.uniform(0, width), rng.uniform(0, width * 0.9), rng.uniform(10, 18)
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=(170, 226, 250), width=4)
 
 
 def _moon(draw: ImageDraw.ImageDraw, width: int, horizon: int, rng: random.Random) -> None:
-    for _star in range(28):
-        _dot(draw, rng.uniform(0, width), rng.uniform(0, horizon - 8), 3, (255, 255, 255))
+    for _star in range(14):
+        _dot(draw, rng.uniform(0, width), rng.uniform(0, horizon - 8), 5, (255, 255, 255))
     for _crater in range(5):
         x, y, radius = rng.uniform(0, width), rng.uniform(horizon + 14, width), rng.uniform(16, 34)
         draw.ellipse((x - radius, y - radius / 3, x + radius, y + radius / 3), fill=(106, 106, 112))
 
 
 def _meadow(draw: ImageDraw.ImageDraw, width: int, horizon: int, rng: random.Random) -> None:
-    for _flower in range(22):
+    for _flower in range(14):
         colour = rng.choice(((255, 255, 255), (255, 222, 60), (240, 90, 150)))
-        _dot(draw, rng.uniform(0, width), rng.uniform(horizon + 6, width), 6, colour)
+        _dot(draw, rng.uniform(0, width), rng.uniform(horizon + 8, width), 9, colour)
 
 
 _Decorate = Callable[[ImageDraw.ImageDraw, int, int, random.Random], None]

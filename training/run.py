@@ -7,7 +7,6 @@ and sample sheets lie in the cache folder, see `scripts/setup_env.py`.
 import argparse
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,14 +15,20 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from comfyui_source import cache_dir
 from inside import comfyui_inside
 
+STAGES = ("vae", "diffusion", "language", "adapter")
+
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=cache_dir() / "training", help="where state and results lie")
-    parser.add_argument("--pictures", type=int, default=100_000, help="how many pictures are painted")
-    parser.add_argument("--share", type=float, default=1.0, help="of the planned samples: 0.01 for a quick look")
+    parser.add_argument("--pictures", type=int, default=100_000, help="how many pictures are encoded")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="of the planned samples; a larger share goes on from a smaller one"
+    )
+    parser.add_argument("--stage", choices=STAGES, help="go only so far; language needs none of the others")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="on a CPU")
+    parser.add_argument("--anew", action="store_true", help="from nothing, not from the weights in weights/")
     return parser.parse_args()
 
 
@@ -38,42 +43,42 @@ def main() -> None:
     args.use_pytorch_cross_attention = True  # What ComfyUI takes on a CPU is slower in training.
     bootstrap()
     import torch
-    from comfyui_moma.training import diffusion, export, eye, language, small_adapter, vae
-    from comfyui_moma.training.adapter_weights import TrainableAdapter, first_weights
+    from comfyui_moma.training import diffusion, export, language, small_adapter, vae
     from comfyui_moma.training.latents import Latents
+    from comfyui_moma.training.loop import samples_seen
 
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def shortened(plan: vae.Plan) -> vae.Plan:
-        return replace(plan, samples=int(plan.samples * options.share))
-
-    folder = options.folder
-    if not (folder / "vae" / "vae.pt").is_file():
-        vae.train(folder / "vae", device, shortened(vae.PLAN))
-    autoencoder = vae.build().to(device).eval().requires_grad_(False)
-    autoencoder.load_state_dict(torch.load(folder / "vae" / "vae.pt", map_location=device, weights_only=True))
-    latents = Latents(folder / "latents.f16", options.pictures)
-    latents.encode(autoencoder, device)
-    if not (folder / "diffusion" / "diffusion.pt").is_file():
-        diffusion.train(folder / "diffusion", latents, autoencoder, device, shortened(diffusion.PLAN))
-    if not (folder / "eye" / "eye.pt").is_file():
-        eye.train(folder / "eye", device, shortened(eye.PLAN))
-    seeing = eye.Eye().to(device).eval().requires_grad_(False)
-    seeing.load_state_dict(torch.load(folder / "eye" / "eye.pt", map_location=device, weights_only=True))
-    if not (folder / "language" / "language.pt").is_file():
-        language.train(folder / "language", seeing, device, shortened(language.PLAN))
-    base, reader = diffusion.TextToImage(), language.SubjectReader()
-    for stage, module in (("diffusion", base), ("language", reader)):
-        state = torch.load(folder / stage / f"{stage}.pt", map_location=device, weights_only=True)
-        module.to(device).eval().requires_grad_(False).load_state_dict(state)
-    if not (folder / "adapter" / "adapter.pt").is_file():
-        plan = shortened(small_adapter.PLAN)
-        small_adapter.train(folder / "adapter", base, reader, latents, autoencoder, device, plan)
-    adapter = TrainableAdapter(first_weights(base.unet, eye.SIZE, language.language_shape().hidden_size))
-    state = torch.load(folder / "adapter" / "adapter.pt", map_location="cpu", weights_only=True)
-    adapter.load_state_dict(state)
-    export.export(folder / "export", autoencoder, base, reader, adapter, latents.scale)
+    folder, share = options.folder, options.share
+    start = None if options.anew else export.read_back(ROOT / "weights")
+    plans = {
+        "vae": vae.PLAN.shortened(share),
+        "diffusion": diffusion.PLAN.shortened(share),
+        "language": language.PLAN.shortened(share),
+        "adapter": small_adapter.PLAN.shortened(share),
+    }
+    if options.stage != "language":
+        latents = Latents(folder / "latents.f16", options.pictures, start.scale if start else None)
+        if len(latents) == 0 and not start:
+            autoencoder = vae.train(folder / "vae", device, vae.ENCODER, encoder=True)
+        else:
+            autoencoder = vae.train(folder / "vae", device, plans["vae"], encoder=False, start=start and start.vae)
+        latents.encode(autoencoder, device)
+        if options.stage == "vae":
+            return
+        of_diffusion = start and start.diffusion
+        base = diffusion.train(folder / "diffusion", latents, autoencoder, device, plans["diffusion"], of_diffusion)
+        if options.stage == "diffusion":
+            return
+    reader = language.train(folder / "language", device, plans["language"], start and start.language)
+    if options.stage == "language":
+        return
+    stages = (base, reader, latents, autoencoder)
+    adapter = small_adapter.train(
+        folder / "adapter", *stages, device, plans["adapter"], start and start.adapter
+    )
+    seen = {name: samples_seen(folder / name, getattr(start, name, None)) for name in plans}
+    export.export(folder / "export", autoencoder, base, reader, adapter, latents.scale, seen)
     print(f"The small world's files are in {folder / 'export'}.")
 
 

@@ -21,18 +21,18 @@ from ..moma_modules.prompt.subject_tokens import PROMPT_TEMPLATE, fill_template
 from .adapter_stage import FrozenUnet, Samples, loss_of
 from .adapter_weights import GATES, TrainableAdapter, first_weights, save_adapter
 from .data import scene_of, to_tensor
+from .description import SIZE
 from .diffusion import TextToImage, draw_steps, loss_weights, signal_shares
 from .export import CHECKPOINT, export_checkpoint
-from .eye import SIZE
 from .language import SubjectReader, reference_pixels, tokenizer_file
 from .latents import Latents
-from .loop import Plan, Training, write_whole
+from .loop import Plan, Start, Training
 from .painter import paint
 from .validation import Question, answered, sheet
 from .words import MATERIAL_WORDS, PLACE_WORDS, SYNONYMS, prompt
 from .world import MATERIALS, PLACES, SIDE, draw_scene, draw_subject
 
-PLAN = Plan(samples=150_000, batch=16, rate=3e-4, ema=0.999)
+PLAN = Plan(samples=300_000, batch=16, rate=3e-4, ema=0.998)
 GATE_RATE = 10.0
 """Of the gates, as a multiple of the plan's rate: they start near 0 and must get to the order of 1."""
 
@@ -96,8 +96,9 @@ def train(
     vae: Any,
     device: torch.device,
     plan: Plan = PLAN,
-) -> None:
-    """Train, or go on, until the plan is fulfilled.
+    start: Start | None = None,
+) -> TrainableAdapter:
+    """Train, or go on, until the plan is fulfilled: the averaged adapter.
 
     Args:
         base: Frozen.
@@ -107,10 +108,10 @@ def train(
     """
     torch.manual_seed(0)
     hidden_size = reader.mapping.gate_proj.in_features
-    start = first_weights(base.unet, SIZE, hidden_size)
+    first = first_weights(base.unet, SIZE, hidden_size)
     mapping = {f"mapping.{key}": value.detach().cpu() for key, value in reader.mapping.state_dict().items()}
-    start = replace(start, tensors={**start.tensors, **mapping})
-    training = Training(TrainableAdapter(start), plan, folder, device, {GATES: GATE_RATE})
+    first = replace(first, tensors={**first.tensors, **mapping})
+    training = Training(TrainableAdapter(first), plan, folder, device, {GATES: GATE_RATE}, start=start)
     adapter: TrainableAdapter = training.module  # type: ignore[assignment]
     frozen = FrozenUnet(base.unet, signal_shares(), torch.float32)
     with torch.no_grad():
@@ -126,7 +127,7 @@ def train(
             return loss_of(frozen, adapter, samples, steps, nothing, loss_weights(steps))
 
     training.run(loss_of_batch, lambda: _show(training, base, reader, latents, vae, folder))
-    write_whole(folder / "adapter.pt", lambda path: torch.save(training.averaged(), path))
+    return training.averaged_module()
 
 
 @torch.no_grad()
@@ -174,8 +175,7 @@ def _show(
     """The sample sheet, made by the product from the files that a user would get: reference, without, with, target."""
     shown = folder / "shown"
     checkpoint = shown / CHECKPOINT
-    if not checkpoint.is_file():
-        export_checkpoint(checkpoint, vae, base, latents.scale)
+    export_checkpoint(checkpoint, vae, base, latents.scale)
     file = save_adapter(training.averaged(), shown, SIDE, torch.float16)
     asked = questions()
     tokenizer = SentencePieceProcessor(model_proto=tokenizer_file())

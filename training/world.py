@@ -37,7 +37,7 @@ class Subject:
         shape: Two numbers in 0..1; what they change depends on the class.
         colours: Of the body, of its pattern, of its other parts.
         pattern: One of `PATTERNS`.
-        count: How often the pattern repeats, 2 to 4.
+        count: How often the pattern repeats, 2 or 3.
     """
 
     name: str
@@ -90,7 +90,7 @@ def draw_subject(rng: random.Random, name: str | None = None, held_out: bool = F
             shape=(rng.random(), rng.random()),
             colours=_colours(rng),
             pattern=rng.choice(PATTERNS),
-            count=rng.randint(2, 4),
+            count=rng.randint(2, 3),
         )
         if subject.held_out == held_out:
             return subject

@@ -10,12 +10,16 @@ from .disk import check_new_name, portable
 MODELS, SUBJECTS = "moma", "moma_subjects"
 """ComfyUI's keys of the folders of models and of saved subjects, and what these are called."""
 
+OWN_WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
+"""The small models that come with this pack."""
+
 _SUFFIXES = {MODELS: {".safetensors", ".th"}, SUBJECTS: {".safetensors"}}
 
 
 def register_folders() -> None:
-    """Make the folders known; paths a user configured stay and come first."""
+    """Make the folders known; paths a user configured stay and come first, what comes with this pack last."""
     folder_paths.add_model_folder_path(MODELS, os.path.join(folder_paths.models_dir, MODELS))
+    folder_paths.add_model_folder_path(MODELS, str(OWN_WEIGHTS))
     folder_paths.add_model_folder_path(SUBJECTS, os.path.join(folder_paths.get_output_directory(), SUBJECTS))
     folder_paths.add_model_folder_path(SUBJECTS, os.path.join(folder_paths.models_dir, SUBJECTS))
     for key, suffixes in _SUFFIXES.items():
@@ -32,6 +36,11 @@ def model_folder(name: str) -> Path:
     """The folder of this name in a models folder; in the first of these, if it is in none."""
     places = [root / name for root in model_roots()]
     return next((place for place in places if place.is_dir()), places[0])
+
+
+def embedding_folders() -> list[str]:
+    """ComfyUI's folders of textual inversions."""
+    return list(folder_paths.get_folder_paths("embeddings"))
 
 
 def user_folder(name: str) -> Path:

@@ -12,23 +12,40 @@ from typing import Any, ClassVar
 import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models
 import comfy.supported_models_base
 import comfy.utils
+from comfy.ldm.models.autoencoder import AutoencoderKL
 from torch import Tensor
 
 from ..host.weight_files import readable, summary
+from .autoencoder import Autoencoder, widths_of
 
 FORMAT = "moma_mini"
 """What the file's metadata says it is."""
 
-TEXT_HEADS = "text_heads"
-"""In the metadata: attention heads of the text encoder, which no shape tells."""
+TEXT_HEADS, UNET_HEADS = "text_heads", "unet_heads"
+"""In the metadata: attention heads of the text encoder and of the UNet, which no shape tells."""
 
 UNET, TEXT, VAE = "model.diffusion_model.", "cond_stage_model.transformer.text_model.", "first_stage_model."
 """How the weights of the parts begin, as in SD1.5's checkpoints."""
+
+
+_STAND_IN: dict[str, Any] = {
+    "double_z": True,
+    "z_channels": 4,
+    "resolution": 64,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 32,
+    "ch_mult": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
 
 
 class MiniSD15(comfy.supported_models.SD15):
@@ -67,12 +84,13 @@ def load_mini_checkpoint(path: Path, embeddings: list[str] | None = None, dynami
     text = {"clip_l." + key.removeprefix("cond_stage_model."): weights[key] for key in weights if key.startswith(TEXT)}
     vae = {key.removeprefix(VAE): weights[key] for key in weights if key.startswith(VAE)}
     clip = _clip(text, int(metadata[TEXT_HEADS]), embeddings)
-    return _model(weights, dynamic), clip, comfy.sd.VAE(sd=vae, config=_vae_config(vae))
+    return _model(weights, int(metadata[UNET_HEADS]), dynamic), clip, _vae(vae)
 
 
-def _model(weights: dict[str, Tensor], dynamic: bool) -> Any:
+def _model(weights: dict[str, Tensor], heads: int, dynamic: bool) -> Any:
     """As `comfy.sd.load_state_dict_guess_config` does it, with another configuration."""
     config = MiniSD15(comfy.model_detection.detect_unet_config(weights, UNET))
+    config.unet_config["num_heads"] = heads
     parameters = comfy.utils.calculate_parameters(weights, UNET)
     device, supported = comfy.model_management.get_torch_device(), list(config.supported_inference_dtypes)
     dtype = comfy.model_management.unet_dtype(
@@ -119,28 +137,22 @@ def _text_config(weights: Mapping[str, Tensor], heads: int) -> dict[str, Any]:
     }
 
 
-def _vae_config(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The configuration of ComfyUI's AutoencoderKL."""
-    width = weights["encoder.conv_in.weight"].shape[0]
-    levels = _count(weights, r"encoder\.down\.(\d+)\.")
-    widths = [weights[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] for i in range(levels)]
-    return {
-        "params": {
-            "embed_dim": weights["post_quant_conv.weight"].shape[1],
-            "ddconfig": {
-                "double_z": True,
-                "z_channels": weights["post_quant_conv.weight"].shape[0],
-                "resolution": 256,
-                "in_channels": 3,
-                "out_ch": 3,
-                "ch": width,
-                "ch_mult": [part // width for part in widths],
-                "num_res_blocks": _count(weights, r"encoder\.down\.0\.block\.(\d+)\."),
-                "attn_resolutions": [],
-                "dropout": 0.0,
-            },
-        }
-    }
+def _vae(weights: dict[str, Tensor]) -> Any:
+    """ComfyUI's VAE around our autoencoder.
+
+    ComfyUI knows its own kinds only: one of these, as small as may be, settles devices, dtype and sizes, and then gives
+    way.
+    """
+    stand_in = AutoencoderKL(embed_dim=4, ddconfig=dict(_STAND_IN)).state_dict()
+    vae = comfy.sd.VAE(sd=stand_in, config={"params": {"embed_dim": 4, "ddconfig": dict(_STAND_IN)}})
+    model = Autoencoder(widths_of(weights), comfy.ops.disable_weight_init).eval().to(vae.vae_dtype)
+    comfy.model_management.archive_model_dtypes(model)
+    vae.first_stage_model = model
+    vae.patcher = type(vae.patcher)(model, load_device=vae.device, offload_device=vae.patcher.offload_device)
+    model.load_state_dict(weights, assign=vae.patcher.is_dynamic())
+    vae.size = None
+    vae.model_size()
+    return vae
 
 
 def _count(weights: Mapping[str, Tensor], pattern: str) -> int:

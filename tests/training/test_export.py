@@ -9,7 +9,7 @@ from comfyui_moma.moma_modules.adapter.loading import load_adapter
 from comfyui_moma.moma_modules.mini.checkpoint import load_mini_checkpoint
 from comfyui_moma.moma_modules.mllm.encode import prompt_ids, subject_hidden_state
 from comfyui_moma.moma_modules.mllm.loading import load_mllm
-from comfyui_moma.training import data, export, eye, language, vae
+from comfyui_moma.training import data, description, diffusion, export, language
 from comfyui_moma.training.adapter_weights import TrainableAdapter, first_weights
 from comfyui_moma.training.painter import paint
 from random_stages import RandomStages
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.newest
 
 CPU = torch.device("cpu")
 SCALE = 2.7
+SEEN = {"vae": 1, "diffusion": 2, "language": 3, "adapter": 4}
 TEXTS = ["photo of a cup. A cup on the moon.", ""]
 
 
@@ -29,10 +30,10 @@ class World(RandomStages):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.adapter = TrainableAdapter(first_weights(self.base.unet, eye.SIZE, language.language_shape().hidden_size))
+        self.adapter = TrainableAdapter(first_weights(self.base.unet, description.SIZE, language.language_shape().hidden_size))
         self.adapter.weights.mapping.load_state_dict(self.reader.mapping.state_dict())
         self.folder = folder
-        export.export(folder, self.vae, self.base, self.reader, self.adapter, SCALE)
+        export.export(folder, self.vae, self.base, self.reader, self.adapter, SCALE, SEEN)
         self.model, self.clip, self.loaded_vae = load_mini_checkpoint(folder / export.CHECKPOINT)
 
 
@@ -49,6 +50,7 @@ def test_all_files_together_are_small(world: World) -> None:
         "config.json",
         "model.safetensors",
         "tokenizer.model",
+        "trained.json",
     }
     assert sum(sizes.values()) < export.LARGEST
 
@@ -75,10 +77,10 @@ def test_pictures_become_the_latents_of_training_and_pictures_again(world: World
     picture = data.to_tensor(paint(data.scene_of(4))[0])[None]
     stock = world.model.model.latent_format
     latent = world.loaded_vae.encode((picture.movedim(1, -1) + 1) / 2).detach()
-    mean = vae.moments(world.vae, picture)[0]
+    mean = world.vae.encode(picture)
     assert close(stock.process_in(latent), mean * SCALE, 2e-3)
     shown = world.loaded_vae.decode(latent).detach()
-    assert close(shown, ((vae.decoded(world.vae, mean) + 1) / 2).clamp(0, 1).movedim(1, -1), 2e-3)
+    assert close(shown, ((world.vae.decode(mean) + 1) / 2).clamp(0, 1).movedim(1, -1), 2e-3)
 
 
 def test_the_language_model_says_what_it_says_in_training(world: World) -> None:
@@ -98,7 +100,23 @@ def test_the_model_has_the_layout_that_the_adapter_needs(world: World) -> None:
 
     check_model(world.model, load_adapter(world.folder / export.ADAPTER))
     block = world.model.model.diffusion_model.middle_block[1].transformer_blocks[0]
-    assert block.n_heads == 8
+    assert block.n_heads == diffusion.HEADS
+
+
+def test_training_goes_on_from_the_files(world: World) -> None:
+    found = export.read_back(world.folder)
+    assert found is not None
+    assert found.scale == SCALE
+    stages = {"vae": world.vae, "diffusion": world.base, "language": world.reader, "adapter": world.adapter}
+    for name, module in stages.items():
+        start = getattr(found, name)
+        assert start.seen == SEEN[name]
+        state = dict(module.named_parameters())
+        assert set(state) <= set(start.weights)
+        for key, value in state.items():
+            # 16 bits; those of the VAE were also made larger and smaller again.
+            assert torch.allclose(start.weights[key], value.detach(), atol=2e-3, rtol=2e-3), key
+    assert export.read_back(world.folder / "nowhere") is None
 
 
 def test_weights_that_do_not_fit_16_bits_are_refused(world: World, tmp_path: Path) -> None:

@@ -1,15 +1,16 @@
 """The small world and the loop that trains on it."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from comfyui_moma.training import data, diffusion, eye, language, vae, words
+from comfyui_moma.training import data, description, diffusion, language, vae, words
 from comfyui_moma.training.latents import SPREAD, Latents
-from comfyui_moma.training.loop import Plan, Training
+from comfyui_moma.training.loop import Plan, Start, Training, samples_seen
 from comfyui_moma.training.painter import paint
 from comfyui_moma.training.world import CLASSES, HELD_OUT_PLACES, MATERIALS, PLACES, draw_scene, draw_subject
 
@@ -80,10 +81,10 @@ class _Line(torch.nn.Module):
         self.line = torch.nn.Linear(3, 1)
 
 
-def _trained(folder: Path, samples: int, until: int | None = None) -> Any:
+def _trained(folder: Path, samples: int, until: int | None = None, muon: float | None = None) -> Any:
     """Train on noise that depends on the step; with `until`, die there after a save."""
     torch.manual_seed(1)
-    training = Training(_Line(), Plan(samples=samples, batch=4, rate=0.1, warm_up=3), folder, CPU)
+    training = Training(_Line(), Plan(samples=samples, batch=4, rate=0.1, warm_up=3, muon=muon), folder, CPU)
 
     def loss_of(seen: int) -> torch.Tensor:
         if seen == until:
@@ -96,16 +97,41 @@ def _trained(folder: Path, samples: int, until: int | None = None) -> Any:
     return training
 
 
-def test_a_stage_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
-    whole = _trained(tmp_path / "whole", 400)
+@pytest.mark.parametrize("muon", [None, 0.1])
+def test_a_stage_that_was_killed_goes_on_as_if_it_had_not_been(tmp_path: Path, muon: float | None) -> None:
+    whole = _trained(tmp_path / "whole", 400, muon=muon)
     with pytest.raises(KeyboardInterrupt):
-        _trained(tmp_path / "killed", 400, until=120)
-    resumed = _trained(tmp_path / "killed", 400)
+        _trained(tmp_path / "killed", 400, until=120, muon=muon)
+    resumed = _trained(tmp_path / "killed", 400, muon=muon)
     for part in ("line.weight", "line.bias"):
         assert torch.equal(whole.module.state_dict()[part], resumed.module.state_dict()[part])
         assert torch.equal(whole.averaged()[part], resumed.averaged()[part])
     assert (tmp_path / "killed" / "loss.csv").read_text("utf-8").strip()
     assert torch.allclose(whole.module.line.weight, torch.ones(1, 3), atol=0.1)
+
+
+def test_a_larger_share_goes_on_from_a_smaller_one(tmp_path: Path) -> None:
+    first = _trained(tmp_path, 100)
+    again = _trained(tmp_path, 100)
+    assert torch.equal(first.module.line.weight, again.module.line.weight)
+    more = _trained(tmp_path, 200)
+    assert (first.seen, more.seen, samples_seen(tmp_path, None)) == (100, 200, 200)
+    assert not torch.equal(more.module.line.weight, again.module.line.weight)
+
+
+def test_a_stage_without_a_state_goes_on_from_published_weights(tmp_path: Path) -> None:
+    weights = {"line.weight": torch.ones(1, 3)}
+    training = Training(_Line(), Plan(samples=100, batch=4, rate=0.1), tmp_path, CPU, start=Start(weights, 40))
+    assert training.seen == samples_seen(tmp_path, Start(weights, 40)) == 40
+    assert torch.equal(training.averaged()["line.weight"], torch.ones(1, 3))
+
+
+def test_the_encoder_stays_while_the_decoder_goes_on(tmp_path: Path) -> None:
+    first = vae.train(tmp_path, CPU, Plan(samples=4, batch=4, rate=1e-3), encoder=True)
+    before = {name: value.clone() for name, value in first.state_dict().items()}
+    after = vae.train(tmp_path, CPU, Plan(samples=8, batch=4, rate=1e-3), encoder=False).state_dict()
+    changed = {name.partition(".")[0] for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {"decoder"}
 
 
 def test_a_rate_rises_stays_and_falls() -> None:
@@ -116,9 +142,9 @@ def test_a_rate_rises_stays_and_falls() -> None:
 def test_a_step_of_the_autoencoder_reaches_every_weight() -> None:
     model = vae.build()
     pictures = torch.stack([data.to_tensor(paint(data.scene_of(n))[0]) for n in range(2)])[..., :64, :64]
-    mean, log_variance = vae.moments(model, pictures)
-    assert mean.shape == (2, 4, 8, 8)
-    result = vae.decoded(model, mean + (0.5 * log_variance).exp())
+    latents = model.encode(pictures)
+    assert latents.shape == (2, 4, 8, 8)
+    result = model.decode(latents)
     assert result.shape == pictures.shape
     result.square().mean().backward()
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in model.parameters())
@@ -150,31 +176,21 @@ def test_the_schedule_is_the_stock_one() -> None:
     assert torch.allclose(scaled, clean + sigmas * noise, rtol=1e-4)
 
 
-def test_the_eye_learns_what_is_seen_and_ignores_colours_under_a_material() -> None:
-    torch.manual_seed(0)
-    model = eye.Eye()
-    scenes = [data.scene_of(number) for number in range(16)]
-    pictures = torch.stack([data.to_tensor(paint(scene)[0]) for scene in scenes])
-    names = torch.tensor([eye.names_of(scene) for scene in scenes])
-    numbers = torch.tensor([eye.numbers_of(scene) for scene in scenes])
-    assert numbers.abs().max() <= 1
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    losses = []
-    for _ in range(12):
-        loss = eye.loss_of_reading(model, model(pictures), names, numbers)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < 0.7 * losses[0]
-    vectors = model(pictures).detach()
-    assert torch.allclose(vectors.std(dim=1, correction=0), torch.ones(16), atol=1e-2)
-    made = [i for i, scene in enumerate(scenes) if scene.material]
-    recoloured = numbers.clone()
-    recoloured[made, :9] = -recoloured[made, :9]
-    assert made and not torch.equal(recoloured, numbers)
-    before, after = (eye.loss_of_reading(model, vectors, names, values) for values in (numbers, recoloured))
-    assert torch.equal(before, after)
+def test_a_description_tells_what_is_seen_and_nothing_of_colours_under_a_material() -> None:
+    rng = random.Random(4)
+    subject, other = draw_subject(rng, "cup"), draw_subject(rng, "cup")
+    one, two = (
+        description.described(draw_scene(random.Random(1), thing, "moon", "wood"))
+        for thing in (subject, replace(other, shape=subject.shape))
+    )
+    assert torch.equal(one, two)
+    seen = description.described(draw_scene(rng, subject, "moon"))
+    assert seen.shape == (description.SIZE,)
+    assert seen.abs().max() <= 1
+    differing = {name: replace(subject, **{name: getattr(other, name)}) for name in ("colours", "shape")}
+    for thing in (*differing.values(), draw_subject(rng, "car"), replace(subject, count=5 - subject.count)):
+        assert not torch.equal(seen, description.described(draw_scene(rng, thing, "moon")))
+    assert not torch.equal(seen, description.described(draw_scene(rng, subject, "snow")))
 
 
 def test_a_step_of_the_language_model_reaches_every_weight_and_reads_picture_word_and_prompt() -> None:
