@@ -36,9 +36,9 @@ def _mllm_inputs() -> list[io.Input]:
             "precision",
             options=list(PRECISIONS),
             default="auto",
-            tooltip="auto: the file's weights, streamed to the card where they do not fit, in what the device "
-            "computes fast; fp8 only if they fit nowhere. bf16, fp16, fp32: what to compute in. fp8: half the "
-            "memory. 8-bit, 4-bit: a half and a third, with bitsandbytes, which is yours to install.",
+            tooltip="auto: the file's weights, moved to the GPU layer by layer where they do not fit, computed in "
+            "the dtype that is fastest there; fp8 only if they fit nowhere. bf16, fp16, fp32: the dtype to compute in. "
+            "fp8: half the memory. 8-bit, 4-bit: a half and a third; they need bitsandbytes, installed by you.",
             advanced=True,
         ),
     ]

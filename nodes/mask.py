@@ -27,7 +27,7 @@ class SubjectMask(io.ComfyNode):
             category=CATEGORY,
             search_aliases=SEARCH_ALIASES,
             description="Shows where the model put the subject: the mask that MoMA found while the sampler ran, and "
-            "how that mask came to be.",
+            "how that mask formed.",
             inputs=[
                 io.Model.Input("model", tooltip="The MODEL that the sampler got."),
                 io.Latent.Input("latent", tooltip="The LATENT that the sampler gave."),

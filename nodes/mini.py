@@ -19,8 +19,8 @@ class LoadMini(io.ComfyNode):
             category=CATEGORY,
             search_aliases=[*SEARCH_ALIASES, "try", "example", "small"],
             description="Loads the small model that comes with this pack, to try MoMA without a download: it draws "
-            "painted cups, cars, houses, robots, boats, fish, bags and hats, 128x128, in seconds on a CPU. Its language "
-            "model and adapter are moma_mini_llava and moma_mini_adapter in Load MoMA.",
+            "painted cups, cars, houses, robots, boats, fish, bags and hats, 128x128, in seconds on a CPU. Its "
+            "language model and adapter are moma_mini_llava and moma_mini_adapter in Load MoMA.",
             inputs=[
                 io.Combo.Input(
                     "ckpt_name",

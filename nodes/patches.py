@@ -82,7 +82,7 @@ def _weight_input(advanced: bool = False) -> io.Input:
         max=3.0,
         step=0.05,
         tooltip="How strongly the features act. 1.0 is what MoMA was trained with; less gives the text of "
-        "the prompt more say, far more drowns it. 0 is off.",
+        "the prompt more say, much more makes the picture ignore it. 0 is off.",
         advanced=advanced,
     )
 
@@ -126,7 +126,7 @@ class ApplyAdapter(io.ComfyNode):
             "subject is; Self-Attn Shortcut carries its details.",
             inputs=[
                 io.Model.Input("model", tooltip="An SD1.5 model, with or without LoRAs."),
-                MomaAdapter.Input("adapter", tooltip="From Load MoMA Adapter."),
+                MomaAdapter.Input("adapter", tooltip="From Load MoMA Adapter or Load MoMA."),
                 MomaSubject.Input("subject", tooltip="From Extract Subject Features or Load MoMA Subject."),
                 _weight_input(),
                 *_window_inputs(0.0, "Fraction of the noise schedule (0..1) from which it acts."),
@@ -176,7 +176,7 @@ class SelfAttnShortcut(io.ComfyNode):
             "at once at the start of each run.",
             inputs=[
                 io.Model.Input("model", tooltip="An SD1.5 model, before or after Apply MoMA Adapter."),
-                MomaAdapter.Input("adapter", tooltip="From Load MoMA Adapter."),
+                MomaAdapter.Input("adapter", tooltip="From Load MoMA Adapter or Load MoMA."),
                 MomaSubject.Input("subject", tooltip="From Extract Subject Features or Load MoMA Subject."),
                 io.Vae.Input("vae", tooltip="The VAE of the SD1.5 checkpoint; encodes the reference pictures."),
                 io.Clip.Input("clip", tooltip="The CLIP of the SD1.5 checkpoint; encodes the subject word."),
@@ -245,7 +245,7 @@ class ApplySubject(io.ComfyNode):
                 MomaAdapter.Input(
                     "adapter",
                     optional=True,
-                    tooltip="For a saved subject only, from Load MoMA Adapter; others bring theirs along.",
+                    tooltip="For a saved subject only, from Load MoMA Adapter or Load MoMA; others bring theirs along.",
                 ),
             ],
             outputs=[

@@ -33,7 +33,7 @@ class StrengthStudy(io.ComfyNode):
             "seed. It stands for Apply MoMA Adapter, Self-Attn Shortcut, KSampler and VAE Decode, once per picture.",
             inputs=[
                 io.Model.Input("model", tooltip="An SD1.5 model, not yet through Apply MoMA Adapter for this subject."),
-                MomaAdapter.Input("adapter", tooltip="From Load MoMA Adapter."),
+                MomaAdapter.Input("adapter", tooltip="From Load MoMA Adapter or Load MoMA."),
                 MomaSubject.Input("subject", tooltip="From Extract Subject Features or Load MoMA Subject."),
                 io.Vae.Input("vae", tooltip="The VAE of the SD1.5 checkpoint."),
                 io.Clip.Input("clip", tooltip="The CLIP of the SD1.5 checkpoint."),

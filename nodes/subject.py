@@ -46,12 +46,12 @@ class ExtractSubject(io.ComfyNode):
             "The result depends on no seed or sampler: change those and this node does not run again. Its preview "
             "shows the mask on the picture, and what the language model sees: the subject on white.",
             inputs=[
-                MomaMllm.Input("mllm", tooltip="From Load MoMA MLLM."),
-                MomaAdapter.Input("adapter", tooltip="From Load MoMA Adapter."),
+                MomaMllm.Input("mllm", tooltip="From Load MoMA MLLM or Load MoMA."),
+                MomaAdapter.Input("adapter", tooltip="From Load MoMA Adapter or Load MoMA."),
                 io.Image.Input(
                     "image",
                     tooltip="The reference picture, or a batch of pictures of one subject. Grey and transparent "
-                    "pictures are fine. Each becomes 512x512.",
+                    "pictures are fine. Each is brought to the size that the adapter takes: 512x512 for MoMA's.",
                 ),
                 io.String.Input(
                     "subject",

@@ -50,5 +50,5 @@ def load_example(name: str) -> tuple[Tensor, Tensor]:
     if name not in example_names():
         raise FileNotFoundError(f"example: there is no picture {name!r}, only: {', '.join(example_names())}.")
     with Image.open(path) as file:
-        pixels = torch.from_numpy(np.asarray(file.convert("RGBA"))).float() / 255
+        pixels = torch.from_numpy(np.array(file.convert("RGBA"))).float() / 255
     return pixels[None, ..., :3].clone(), 1 - pixels[None, ..., 3]

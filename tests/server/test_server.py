@@ -23,8 +23,8 @@ from workbench.random_weights import adapter_file, llava_folder, sd15_checkpoint
 
 pytestmark = pytest.mark.server
 SNAPSHOT = ROOT / "tests" / "data" / "object_info.json"
-FILE_LISTS = ("model_name", "adapter_name", "subject_name")
-MOMA_NODES = 16
+FILE_LISTS = ("ckpt_name", "model_name", "adapter_name", "subject_name")
+MOMA_NODES = 17
 
 
 def api(name: str) -> Prompt:
