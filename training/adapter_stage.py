@@ -187,12 +187,14 @@ def loss_of(
     steps: Tensor,
     empty_text: Tensor,
     weights: Tensor | None = None,
+    emphasis: float = 0.0,
 ) -> Tensor:
     """The denoising loss of these rows at these steps; noise and drops come from torch's generator on the CPU.
 
     Args:
         empty_text: Text embedding of the empty prompt [1, L, context].
         weights: Of the rows' squared errors [R]; 1 where None.
+        emphasis: How much more an error on the subject weighs than one elsewhere.
     """
     rows, device = len(samples.clean), samples.clean.device
     noise, reference_noise = (torch.randn(part.shape).to(device) for part in (samples.clean, samples.references))
@@ -207,7 +209,7 @@ def loss_of(
     seen = frozen.look(samples.references, reference_noise, samples.words, samples.reference_masks)
     noisy = frozen.noised(samples.clean, steps, noise)
     guess = frozen.noise_in(adapter, noisy, steps, texts, embeddings, seen, factors)
-    errors = (guess - noise).square().mean(dim=(1, 2, 3))
+    errors = ((guess - noise).square() * (1 + emphasis * samples.masks[:, None])).mean(dim=(1, 2, 3))
     return (errors if weights is None else errors * weights).mean()
 
 

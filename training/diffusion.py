@@ -34,7 +34,7 @@ TEXT_CONFIG: dict[str, Any] = {
     "bos_token_id": 49406,
     "eos_token_id": 49407,
 }
-PLAN = Plan(samples=1_000_000, batch=32, rate=8e-4, ema=0.998)
+PLAN = Plan(samples=1_000_000, batch=32, rate=1.5e-3, warm_up=50, ema=0.995, muon=4e-3)
 _NO_TEXT = 0.1
 """How often the text is left out, for classifier-free guidance."""
 _MIN_SNR = 5.0

@@ -1,24 +1,28 @@
 """From finished stages to files in the published formats (checkpoint, LLaVA folder, adapter), and back."""
 
 import json
+import random
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..moma_modules.mini.checkpoint import FORMAT, TEXT, TEXT_HEADS, UNET, UNET_HEADS, VAE
 from ..moma_modules.adapter.file import read_adapter
+from ..moma_modules.mini.checkpoint import FORMAT, TEXT, TEXT_HEADS, UNET, UNET_HEADS, VAE
 from ..moma_modules.mllm.checkpoint import PARTS, read_checkpoint
 from .adapter_weights import GATES, TrainableAdapter, save_adapter
 from .diffusion import HEADS, TEXT_CONFIG, TextToImage
 from .language import VISION, SubjectReader, language_shape, tokenizer_file
 from .loop import Start, write_whole
-from .world import SIDE
+from .painter import paint
+from .world import SIDE, draw_scene, draw_subject
 
 CHECKPOINT, MLLM, ADAPTER = "moma_mini.safetensors", "moma_mini_llava", "moma_mini_adapter.safetensors"
 TRAINED = "trained.json"
@@ -30,6 +34,16 @@ LARGEST = 40_000_000
 _MAPPING = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 _STOCK_SCALE = 0.18215
 """What ComfyUI multiplies the latents of SD1.5's VAE by."""
+
+
+EXAMPLES = {
+    "striped cup": ("cup", "stripes"),
+    "checked bag": ("bag", "check"),
+    "striped fish": ("fish", "bars"),
+    "two-coloured car": ("car", "half"),
+    "striped robot": ("robot", "stripes"),
+}
+"""Pictures to try it with, none of which training sees: class and pattern, by name."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +84,7 @@ def export(
     parts = folder / "adapter.part"
     save_adapter(adapter.state_dict(), parts, SIDE, torch.float16).replace(folder / ADAPTER)
     shutil.rmtree(parts)
+    export_examples(folder / "examples")
     trained = json.dumps({"scale": scale, "seen": dict(seen)}, indent=1) + "\n"
     (folder / TRAINED).write_text(trained, encoding="utf-8")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -122,6 +137,20 @@ def export_checkpoint(path: Path, vae: Any, base: TextToImage, scale: float) -> 
     metadata = {"format": FORMAT, TEXT_HEADS: str(TEXT_CONFIG["num_attention_heads"]), UNET_HEADS: str(HEADS)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda partial: save_file(_halves(weights), partial, metadata=metadata))
+
+
+def export_examples(folder: Path) -> None:
+    """Paint the example pictures, transparent where their subject is, as ComfyUI's mask editor saves them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (kind, pattern) in EXAMPLES.items():
+        rng = random.Random(f"example {name}")
+        subject = draw_subject(rng, kind, held_out=True)
+        while subject.pattern != pattern:
+            subject = draw_subject(rng, kind, held_out=True)
+        pixels, mask = paint(draw_scene(rng, subject, None))
+        picture = Image.fromarray(pixels)
+        picture.putalpha(Image.fromarray(np.where(mask, 0, 255).astype(np.uint8)))
+        picture.save(folder / f"{name.replace(' ', '_')}.png")
 
 
 def export_mllm(folder: Path, reader: SubjectReader) -> None:

@@ -28,7 +28,7 @@ from .painter import paint
 from .words import SYNONYMS, prompt
 from .world import SIDE
 
-PLAN = Plan(samples=1_000_000, batch=32, rate=6e-4, ema=0.998)
+PLAN = Plan(samples=1_000_000, batch=32, rate=1e-3, warm_up=50, ema=0.995, muon=2e-3)
 VISION = VisionShape(width=128, intermediate_size=320, layers=4, heads=2, patch_size=14, image_size=112)
 _VOCABULARY = 600
 _REFERENCE = SIDE

@@ -26,7 +26,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--share", type=float, default=1.0, help="of the planned samples; a larger share goes on from a smaller one"
     )
-    parser.add_argument("--stage", choices=STAGES, help="go only so far; language needs none of the others")
+    parser.add_argument(
+        "--stage", choices=STAGES, help="only this one; those it needs stay as they are (language needs none)"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="on a CPU")
     parser.add_argument("--anew", action="store_true", help="from nothing, not from the weights in weights/")
     return parser.parse_args()
@@ -52,11 +54,13 @@ def main() -> None:
     folder, share = options.folder, options.share
     start = None if options.anew else export.read_back(ROOT / "weights")
     plans = {
-        "vae": vae.PLAN.shortened(share),
-        "diffusion": diffusion.PLAN.shortened(share),
-        "language": language.PLAN.shortened(share),
-        "adapter": small_adapter.PLAN.shortened(share),
+        name: stage.PLAN.shortened(share if options.stage in (None, name) else 0)
+        for name, stage in zip(STAGES, (vae, diffusion, language, small_adapter), strict=True)
     }
+    if options.stage not in (None, "language"):
+        for name in STAGES[: STAGES.index(options.stage)]:
+            if not samples_seen(folder / name, getattr(start, name, None)):
+                sys.exit(f"error: stage {name} comes before {options.stage}, and {folder} holds nothing of it.")
     if options.stage != "language":
         latents = Latents(folder / "latents.f16", options.pictures, start.scale if start else None)
         if len(latents) == 0 and not start:
@@ -74,9 +78,7 @@ def main() -> None:
     if options.stage == "language":
         return
     stages = (base, reader, latents, autoencoder)
-    adapter = small_adapter.train(
-        folder / "adapter", *stages, device, plans["adapter"], start and start.adapter
-    )
+    adapter = small_adapter.train(folder / "adapter", *stages, device, plans["adapter"], start and start.adapter)
     seen = {name: samples_seen(folder / name, getattr(start, name, None)) for name in plans}
     export.export(folder / "export", autoencoder, base, reader, adapter, latents.scale, seen)
     print(f"The small world's files are in {folder / 'export'}.")

@@ -39,9 +39,7 @@ def initialise(model: nn.Module) -> None:
             nn.init.zeros_(part.bias)
 
 
-def train(
-    folder: Path, device: torch.device, plan: Plan, encoder: bool, start: Start | None = None
-) -> Autoencoder:
+def train(folder: Path, device: torch.device, plan: Plan, encoder: bool, start: Start | None = None) -> Autoencoder:
     """Train, or go on, until the plan is fulfilled: the averaged model.
 
     Args:
@@ -49,7 +47,7 @@ def train(
     """
     torch.manual_seed(0)
     training = Training(build(), plan, folder, device, start=start)
-    model: Autoencoder = training.module  # type: ignore[assignment]
+    model = training.module
     if not encoder:
         training.freeze(("encoder.",))
     source = batches(Pictures(training.seen), plan.batch)

@@ -30,7 +30,9 @@ class World(RandomStages):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.adapter = TrainableAdapter(first_weights(self.base.unet, description.SIZE, language.language_shape().hidden_size))
+        self.adapter = TrainableAdapter(
+            first_weights(self.base.unet, description.SIZE, language.language_shape().hidden_size)
+        )
         self.adapter.weights.mapping.load_state_dict(self.reader.mapping.state_dict())
         self.folder = folder
         export.export(folder, self.vae, self.base, self.reader, self.adapter, SCALE, SEEN)
