@@ -1,6 +1,7 @@
 """The parts of `screenshots.py`, inside ComfyUI's Python: docs/images, web/docs/images and thumbnails in workflows/.
 
-The weights are random, so pictures that the model makes are noise; the previews show the test's cup.
+In the workflow *try_it* the small world's weights draw; elsewhere the weights are random, so pictures that the model
+makes are noise, and the previews show the test's cup.
 """
 
 import io
@@ -72,12 +73,23 @@ def _shrink(target: Path, width: int) -> None:
 
 
 def workflows(editor: Editor) -> None:
-    """Every workflow as it opens, and its thumbnail."""
+    """Every workflow as it opens, and its thumbnail; `try_it` after a run."""
     for path in sorted((ROOT / "workflows").glob("*.json")):
+        if path.stem == "try_it":
+            continue
         editor.load(workflow(path.stem), path.stem)
         editor.close_dialogs()
         take(editor, DOCS / f"{path.stem}.png")
         thumbnail(DOCS / f"{path.stem}.png", path.with_suffix(".jpg"))
+
+
+def try_it(editor: Editor) -> None:
+    """The small world's workflow after a run, and its thumbnail."""
+    editor.load(workflow("try_it"), "try_it")
+    editor.close_dialogs()
+    editor.queue(RUN)
+    take(editor, DOCS / "try_it.png")
+    thumbnail(DOCS / "try_it.png", ROOT / "workflows" / "try_it.jpg")
 
 
 def nodes(editor: Editor) -> None:
@@ -165,6 +177,7 @@ def artwork(editor: Editor) -> None:
 
 PARTS = {
     "workflows": workflows,
+    "try_it": try_it,
     "nodes": nodes,
     "blueprint": blueprint,
     "previews": previews,

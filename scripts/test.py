@@ -143,7 +143,7 @@ def set_up_browser() -> bool:
 
 
 def set_up_frontends() -> bool:
-    """Other versions of the editor for the browser; where they cannot be had, their tests are left out."""
+    """Other versions of the editor for the browser; where npm has none, their tests are left out."""
     for version in FRONTENDS if chromium_path() else ():
         try:
             print(f"Frontend {version}: {find_frontend(version)}", flush=True)

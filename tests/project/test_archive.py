@@ -26,7 +26,7 @@ HEADLESS = ("docs/api.md", "tests/api/")
 """Of folders for developers what serves those who run it without the editor."""
 FOR_DEVELOPERS = ("benchmarks", "docs", "scripts", "tests", "training", "workbench")
 HIDDEN = (".ci", ".comfyignore", ".github", ".gitignore", "CONTRIBUTING.md")
-BYTES = 2_000_000
+BYTES = 42_000_000
 LANGUAGES = ("", "/ja", "/ko", "/zh")
 
 
