@@ -47,7 +47,9 @@ def try_it() -> Graph:
     """The small world that comes with the pack: one subject, somewhere else and made of something else."""
     graph = Graph("try_it", (340, 380, 380, 300, 340))
     mini = graph.add("MoMALoadMini", 0, ckpt_name="moma_mini.safetensors", example="striped cup", asks=("example",))
-    files = graph.add("MoMALoad", 0, model_name="moma_mini_llava", adapter_name="moma_mini_adapter.safetensors")
+    files = graph.add(
+        "MoMALoad", 0, model_name="moma_mini_llava", adapter_name="moma_mini_adapter.safetensors", tall=230
+    )
     graph.add("PreviewImage", 0, images=mini.out("image"), title="The subject", tall=300)
     outputs = (mini.out("model"), mini.out("clip"), mini.out("vae"))
     base = Base(graph, mini, files, *outputs, named={"mllm": files})
