@@ -88,7 +88,7 @@ def try_it(editor: Editor) -> None:
     editor.load(workflow("try_it"), "try_it")
     editor.close_dialogs()
     editor.queue(RUN)
-    take(editor, DOCS / "try_it.png")
+    take(editor, DOCS / "try_it.png", width=1100)
     thumbnail(DOCS / "try_it.png", ROOT / "workflows" / "try_it.jpg")
 
 

@@ -1,6 +1,7 @@
 """Stage 1: the autoencoder."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -47,7 +48,7 @@ def train(folder: Path, device: torch.device, plan: Plan, encoder: bool, start: 
     """
     torch.manual_seed(0)
     training = Training(build(), plan, folder, device, start=start)
-    model = training.module
+    model: Any = training.module
     if not encoder:
         training.freeze(("encoder.",))
     source = batches(Pictures(training.seen), plan.batch)

@@ -20,7 +20,7 @@ from workbench.comfy_server import ComfyServer
 pytestmark = [pytest.mark.server, pytest.mark.newest]
 INSTALLED_AS = "moma"
 """The folder that the Manager installs into: the project's name."""
-FOLDERS = ("locales", "moma_batch", "moma_modules", "nodes", "subgraphs", "web", "workflows")
+FOLDERS = ("locales", "moma_batch", "moma_modules", "nodes", "subgraphs", "web", "workflows", "weights")
 FILES = ("CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "pyproject.toml")
 HEADLESS = ("docs/api.md", "tests/api/")
 """Of folders for developers what serves those who run it without the editor."""

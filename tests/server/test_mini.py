@@ -42,10 +42,10 @@ def test_the_template_runs_with_nothing_installed(server: ComfyServer) -> None:
     assert set(found) == {"MoMA/try_it_new_context", "MoMA/try_it_new_texture"}
     for picture in found.values():
         assert picture.shape == (128, 128, 3)
-        # The moon: a black sky at the top, grey ground below.
-        assert picture[:12].mean() < 45
+        # The moon: a black sky at the top, light ground without colour below.
+        assert picture[:12].mean() < 60
         ground = picture[-8:]
-        assert 90 < ground.mean() < 200
+        assert ground.mean() > 90
         assert np.abs(ground - ground.mean(axis=2, keepdims=True)).mean() < 14
 
 

@@ -53,6 +53,7 @@ def test_all_files_together_are_small(world: World) -> None:
         "model.safetensors",
         "tokenizer.model",
         "trained.json",
+        *(f"{name.replace(' ', '_')}.png" for name in export.EXAMPLES),
     }
     assert sum(sizes.values()) < export.LARGEST
 
