@@ -103,7 +103,7 @@ def test_errors_before_it_runs_are_the_nodes_own_words(server: ComfyServer, fold
     ran = program(folder, server, "photo.png", "cup", "A cup.", "none.png", "--graph", "bad.json")
     assert ran.returncode == 1
     assert "adapter_name: there is no adapter 'gone.th'. Searched:" in ran.stderr
-    assert "Found: MoMA_llava_7b/attn_adapters_projectors.th. Download" in ran.stderr
+    assert "Found: MoMA_llava_7b/attn_adapters_projectors.th, moma_mini_adapter.safetensors. Download" in ran.stderr
 
 
 class Forgetful(BaseHTTPRequestHandler):
