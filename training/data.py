@@ -38,20 +38,14 @@ def to_tensor(picture: np.ndarray[Any, Any]) -> Tensor:
 class Pictures(IterableDataset[Tensor]):
     """Pictures [3, H, W] in -1..1 from number `start` on, without end."""
 
-    def __init__(self, start: int, crop: int | None = None) -> None:
-        """Start there; with `crop`, squares of that side by chance."""
+    def __init__(self, start: int) -> None:
+        """Start there."""
         self._start = start
-        self._crop = crop
 
     def __iter__(self) -> Iterator[Tensor]:
         number = self._start
         while True:
-            picture = to_tensor(paint(scene_of(number))[0])
-            if self._crop:
-                rng = random.Random(f"crop {number}")
-                y, x = (rng.randint(0, side - self._crop) for side in picture.shape[1:])
-                picture = picture[:, y : y + self._crop, x : x + self._crop]
-            yield picture
+            yield to_tensor(paint(scene_of(number))[0])
             number += 1
 
 
