@@ -11,6 +11,7 @@ from .world import CLASSES, MATERIALS, PATTERNS, PLACES, Scene
 NAMED = {"class": CLASSES, "place": (None, *PLACES), "material": (None, *MATERIALS), "pattern": PATTERNS}
 """What is one of several, and of which."""
 
+COLOURS, SHAPE, COUNT = slice(0, 9), slice(9, 11), slice(11, 12)
 NUMBERS = 12
 """What is a number: three colours, two of shape, the pattern's count."""
 

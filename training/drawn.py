@@ -1,26 +1,26 @@
 """Pictures of subjects by the product and the small world's files, and what a probe reads in them."""
 
+import functools
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import comfy.sample
 import torch
 from torch import Tensor
 
-from ..moma_modules.adapter.loading import load_adapter
 from ..moma_modules.mini.checkpoint import load_mini_checkpoint
 from ..moma_modules.mllm.encode import subject_hidden_state
 from ..moma_modules.mllm.loading import load_mllm
 from ..moma_modules.prompt.subject_tokens import PROMPT_TEMPLATE, fill_template
 from ..moma_modules.prompt.text import encode_prompt
-from ..moma_modules.sampling.reference import encode_reference
-from ..moma_modules.sampling.settings import ImageTokens, Settings, Shortcut
+from ..moma_modules.sampling.settings import ImageTokens, Settings, Window
 from ..moma_modules.sampling.wrappers import patched
 from ..moma_modules.subject.subject import Subject as MomaSubject
+from ..moma_modules.subject.subject import combine_subjects
 from .data import to_tensor
-from .description import NAMED
+from .description import COLOURS, COUNT, NAMED, SHAPE
+from .drawing import Product
 from .export import ADAPTER, CHECKPOINT, MLLM
 from .painter import paint
 from .probe import Probe, Reading
@@ -39,6 +39,9 @@ class Variant:
         mask: Whether the conditioning says where the subject's tokens are, without which there is no mask.
         told: Whether the language model is shown the prompt, or only the word.
         strength: Of the shortcut.
+        references: How many pictures of the subject are combined.
+        region: Whether a region mask keeps the subject to the middle of the picture.
+        second: Whether the next subject is attached too, kept to a corner of the picture where nothing is asked for.
     """
 
     plain: bool = False
@@ -47,6 +50,9 @@ class Variant:
     mask: bool = True
     told: bool = True
     strength: float = 1.0
+    references: int = 1
+    region: bool = False
+    second: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class Read:
     found: bool
     aimed: bool
     kind: bool
+    shape: float
     overlap: float | None
 
 
@@ -75,77 +82,81 @@ class SmallWorld:
         Args:
             seeds: Pictures of each prompt.
         """
-        self._model, self._clip, self._vae = load_mini_checkpoint(files / CHECKPOINT)
+        model, clip, vae = load_mini_checkpoint(files / CHECKPOINT)
+        self._product = Product.of(model, clip, vae, files / ADAPTER)
         self._mllm = load_mllm(files / MLLM, "fp32")
-        self._adapter = load_adapter(files / ADAPTER)
         self._probe, self._subjects = probe, subjects
-        scenes = [draw_scene(random.Random(f"reference {i}"), subject, None) for i, subject in enumerate(subjects)]
-        self._references = [paint(scene) for scene in scenes]
-        shown = torch.stack([to_tensor(picture) for picture, _ in self._references])
+        shown = torch.stack([to_tensor(self._reference(i)[0]) for i in range(len(subjects))])
         with torch.no_grad():
             self._looks = looks(probe(shown))
         noise = [torch.randn(4, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(i)) for i in range(seeds)]
         self._noise = torch.stack(noise)
 
     @torch.inference_mode()
-    def draw(self, number: int, place: str | None, material: str | None, variant: Variant) -> list[Read]:
-        """Pictures of a subject in a place or of a material, one for each seed, and what is read in them."""
-        subject = self._subjects[number]
-        word = SYNONYMS[subject.name][0]
+    def draw(self, number: int, place: str | None, material: str | None, variant: Variant) -> tuple[Tensor, list[Read]]:
+        """Pictures of a subject in a place or of a material, one for each seed, and what is read in them.
+
+        Returns:
+            [seeds, 3, SIDE, SIDE] in -1..1, and a reading of each.
+        """
+        word = SYNONYMS[self._subjects[number].name][0]
         made = f" {MATERIAL_WORDS[material][0]}" if material else ""
         where = f" {PLACE_WORDS[place][0]}" if place else ""
         prompt = f"A {word}{made}{where}."
-        picture, mask = self._references[number]
-        hidden = subject_hidden_state(self._mllm, picture, mask, word, prompt if variant.told else f"A {word}.")
-        moma = MomaSubject(
-            self._adapter.map_hidden_state(hidden),
-            word,
-            prompt,
-            torch.from_numpy(picture.copy())[None],
-            torch.from_numpy(mask.copy())[None],
-            self._adapter.identity,
+        moma = functools.reduce(
+            combine_subjects, (self._subject(number, word, prompt, variant, i) for i in range(variant.references))
         )
-        marked = encode_prompt(self._clip, moma, prompt, PROMPT_TEMPLATE).conditioning
-        bare = self._encoded(fill_template(PROMPT_TEMPLATE, word, prompt))
-        model = self._model if variant.plain else self._patched(moma, variant)
-        samples = comfy.sample.sample(
-            model,
-            self._noise,
-            STEPS,
-            CFG,
-            "ddim",
-            "ddim_uniform",
-            marked if variant.mask and not variant.plain else bare,
-            self._encoded(""),
-            torch.zeros_like(self._noise),
-            seed=1,
-            disable_pbar=True,
-        )
-        decoded = self._vae.decode(samples).movedim(-1, 1).float().cpu() * 2 - 1
+        product = self._product
+        if variant.mask and not variant.plain:
+            positive = encode_prompt(product.clip, moma, prompt, PROMPT_TEMPLATE).conditioning
+        else:
+            positive = product.encoded(fill_template(PROMPT_TEMPLATE, word, prompt))
+        settings = Settings() if variant.plain else self._with(Settings(), moma, variant, _MIDDLE)
+        if variant.second:
+            other = (number + 1) % len(self._subjects)
+            word = SYNONYMS[self._subjects[other].name][0]
+            second = self._subject(other, word, f"A {word}{where}.", variant, 0)
+            settings = self._with(settings, second, replace(variant, region=True), _CORNER)
+        model = product.model if variant.plain else patched(product.model, settings)
+        samples = product.samples(model, positive, self._noise, STEPS, CFG)
+        pictures = product.pictures(samples)
         run = None if variant.plain or not variant.mask else moma.runs.find(samples)
         masks = None if run is None else run.masks[moma.key].float().cpu()
-        return self._read(number, self._probe(decoded), masks, place, material)
+        return pictures, self._read(number, self._probe(pictures), masks, place, material)
 
-    def _patched(self, subject: MomaSubject, variant: Variant) -> Any:
+    def reference(self, number: int) -> Tensor:
+        """A subject's first reference [3, SIDE, SIDE] in -1..1."""
+        return to_tensor(self._reference(number)[0])
+
+    def _reference(self, number: int, view: int = 0) -> tuple[Any, Any]:
+        rng = random.Random(f"reference {number}" if not view else f"reference {number} {view}")
+        return paint(draw_scene(rng, self._subjects[number], None))
+
+    def _subject(self, number: int, word: str, prompt: str, variant: Variant, view: int) -> MomaSubject:
+        picture, mask = self._reference(number, view)
+        hidden = subject_hidden_state(self._mllm, picture, mask, word, prompt if variant.told else f"A {word}.")
+        shown = (torch.from_numpy(part.copy()) for part in (picture, mask))
+        return self._product.subject(hidden, word, prompt, *shown)
+
+    def _with(self, settings: Settings, subject: MomaSubject, variant: Variant, region: Tensor) -> Settings:
+        window = Window(region=region if variant.region else None)
         parts: dict[str, Any] = {}
         if variant.image_tokens:
-            parts["image_tokens"] = ImageTokens()
+            parts["image_tokens"] = ImageTokens(window=window)
         if variant.shortcut:
-            encoded = encode_reference(self._adapter, subject, self._vae, self._clip)
-            noise = torch.randn(encoded.latent.shape, generator=torch.Generator().manual_seed(0))
-            parts["shortcut"] = Shortcut(encoded.latent, encoded.text, noise, variant.strength)
-        return patched(self._model, Settings().with_subject(subject, self._adapter, **parts))
-
-    def _encoded(self, text: str) -> list[Any]:
-        return [[self._clip.encode_from_tokens(self._clip.tokenize(text)), {}]]
+            shortcut = self._product.shortcut(subject, variant.strength)
+            parts["shortcut"] = replace(shortcut, window=replace(window, start=shortcut.window.start))
+        return settings.with_subject(subject, self._product.adapter, **parts)
 
     def _read(
         self, number: int, reading: Reading, masks: Tensor | None, place: str | None, material: str | None
     ) -> list[Read]:
+        subject = self._subjects[number]
         nearest = torch.cdist(looks(reading), self._looks).argmin(dim=1)
         named = {name: logits.argmax(dim=1) for name, logits in reading.named.items()}
         aim, wanted = ("material", material) if material else ("place", place)
-        kind = NAMED["class"].index(self._subjects[number].name)
+        kind = NAMED["class"].index(subject.name)
+        shapes = (reading.numbers[:, SHAPE] + 1) / 2 - torch.tensor(subject.shape)
         found = []
         for i in range(len(nearest)):
             overlap = None
@@ -157,14 +168,26 @@ class SmallWorld:
                     found=int(nearest[i]) == number,
                     aimed=NAMED[aim][int(named[aim][i])] == wanted,
                     kind=int(named["class"][i]) == kind,
+                    shape=float(shapes[i].abs().mean()),
                     overlap=overlap,
                 )
             )
         return found
 
 
+def _box(top: int, left: int, bottom: int, right: int) -> Tensor:
+    region = torch.zeros(1, SIDE, SIDE)
+    region[:, top:bottom, left:right] = 1
+    return region
+
+
+_MIDDLE = _box(SIDE // 8, SIDE // 8, SIDE, SIDE - SIDE // 8)
+"""All that the small world's subjects ever cover."""
+_CORNER = _box(0, 0, SIDE // 8, SIDE // 8)
+
+
 def looks(reading: Reading) -> Tensor:
     """What tells subjects apart, as vectors [B, N] whose distance says how alike they are."""
     shares = [reading.named[name].softmax(dim=1) for name in ("class", "pattern")]
-    colours, shape, count = reading.numbers.split((9, 2, 1), dim=1)
+    colours, shape, count = (reading.numbers[:, part] for part in (COLOURS, SHAPE, COUNT))
     return torch.cat([*shares, colours.clamp(-1, 1), 0.5 * shape, 0.25 * count], dim=1)

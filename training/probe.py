@@ -1,6 +1,7 @@
 """Reads pictures as the painter would describe them: class, place, material, pattern, colours, shape and where it is.
 
-For measuring only. It learns from scenes of its own, apart from those of training, and nothing learns from it.
+For measuring only. It learns from scenes of its own, apart from those of training, and nothing learns from it:
+`python3 training/run.py --stage probe` makes the published one.
 """
 
 import itertools
@@ -8,24 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, cross_entropy, interpolate
 from torch.utils.data import DataLoader, Dataset
 
 from .data import scene_of, to_tensor
-from .description import NAMED, NUMBERS, names_of, numbers_of
-from .loop import Plan, Start, Training
+from .description import COLOURS, NAMED, NUMBERS, names_of, numbers_of
+from .loop import Plan, Start, Training, write_whole
 from .painter import paint
 
-PLAN = Plan(samples=100_000, batch=32, rate=1e-3, warm_up=50, ema=0.995, muon=2e-3)
+PLAN = Plan(samples=60_000, batch=32, rate=1e-3, warm_up=50, ema=0.995, muon=2e-3)
+FILE = Path(__file__).resolve().parent / "probe.safetensors"
+"""The published one."""
+
 MASK_SIDE = 16
 """Of the mask that it finds: the side of the latents."""
 
 _APART = 100_000_000
 """Its pictures have numbers from here on, which training does not reach."""
 _SIDE = 64
-_SURFACE = slice(0, 9)
-"""Of the numbers, the colours: a material hides them."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def loss_of(reading: Reading, names: Tensor, numbers: Tensor, covered: Tensor) -
         each = cross_entropy(reading.named[name], names[:, i], reduction="none")
         loss = loss + (each * visible if name == "pattern" else each).mean()
     errors = (reading.numbers - numbers).square()
-    return loss + 3 * (errors[:, _SURFACE] * visible[:, None]).mean() + errors[:, 9:].mean()
+    return loss + 3 * (errors[:, COLOURS] * visible[:, None]).mean() + errors[:, COLOURS.stop :].mean()
 
 
 def train(folder: Path, device: torch.device, plan: Plan = PLAN, start: Start | None = None) -> Probe:
@@ -121,3 +124,16 @@ def train(folder: Path, device: torch.device, plan: Plan = PLAN, start: Start | 
 
     training.run(loss_of_batch, lambda: None)
     return training.averaged_module()
+
+
+def save(probe: Probe, file: Path = FILE) -> None:
+    """Write it in 16 bits."""
+    weights = {key: value.detach().to("cpu", torch.float16).contiguous() for key, value in probe.state_dict().items()}
+    write_whole(file, lambda partial: save_file(weights, partial))
+
+
+def load(file: Path = FILE) -> Probe:
+    """The published probe."""
+    probe = Probe()
+    probe.load_state_dict({key: value.float() for key, value in load_file(file).items()})
+    return probe.eval().requires_grad_(False)

@@ -1,7 +1,7 @@
 """How much of a subject comes through, and of the prompt: `python3 training/quality.py`, which writes docs/quality.md.
 
 Draws subjects that training never saw with the small world's published files, by the product itself, and has a probe
-read the pictures (`probe.py`, trained first where there is none).
+read the pictures (`probe.py`).
 """
 
 import argparse
@@ -17,10 +17,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from comfyui_source import cache_dir
 from inside import comfyui_inside
 
-PAGE = ROOT / "docs" / "quality.md"
+DOCS = ROOT / "docs"
+CURVES, SHEET = "images/quality_strengths.png", "images/quality_pictures.png"
 STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
@@ -28,12 +28,11 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--files", type=Path, default=ROOT / "weights", help="the small world's files")
-    parser.add_argument("--folder", type=Path, default=cache_dir() / "training", help="where the probe lies")
     parser.add_argument("--subjects", type=int, default=50, help="how many subjects are drawn")
-    parser.add_argument("--few", type=int, default=12, help="how many of them for the parts and the strengths")
+    parser.add_argument("--few", type=int, default=12, help="how many of them for what is compared with MoMA")
     parser.add_argument("--seeds", type=int, default=2, help="pictures of each subject and prompt")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--page", type=Path, default=PAGE, help="the page to write")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="the folder that quality.md and its pictures go to")
     return parser.parse_args()
 
 
@@ -45,6 +44,7 @@ class Row:
         found: How often the subject's own reference is the nearest of all by what the probe reads.
         aimed: How often place (or material) is the one asked for.
         kind: How often the class is.
+        shape: Mean error of the two numbers of the subject's shape, which lie in 0..1.
         overlap: IoU of the found mask with the place where the probe sees the subject; None without a mask.
     """
 
@@ -53,13 +53,27 @@ class Row:
     found: float
     aimed: float
     kind: float
+    shape: float
     overlap: float | None
+
+    @classmethod
+    def of(cls, name: str, readings: list[Any]) -> "Row":
+        """From `drawn.Read` of each picture."""
+
+        def mean(values: list[float]) -> float:
+            return sum(values) / len(values)
+
+        shares = (mean([getattr(each, what) for each in readings]) for what in ("found", "aimed", "kind", "shape"))
+        overlaps = [each.overlap for each in readings if each.overlap is not None]
+        row = cls(name, len(readings), *shares, mean(overlaps) if overlaps else None)
+        print(row.line(), flush=True)
+        return row
 
     def line(self) -> str:
         """As a line of a Markdown table."""
         overlap = "" if self.overlap is None else f"{self.overlap:.2f}"
         shares = " | ".join(f"{share:.0%}" for share in (self.found, self.aimed, self.kind))
-        return f"| {self.name} | {self.pictures} | {shares} | {overlap} |"
+        return f"| {self.name} | {self.pictures} | {shares} | {self.shape:.2f} | {overlap} |"
 
 
 def main() -> None:
@@ -71,66 +85,95 @@ def main() -> None:
     bootstrap()
     import torch
     from comfyui_moma.training.drawn import SmallWorld, Variant, measured_subjects
-    from comfyui_moma.training.probe import train
+    from comfyui_moma.training.probe import load
+    from comfyui_moma.training.vae import save_sheet
     from comfyui_moma.training.world import MATERIALS, PLACES
 
     torch.set_num_threads(options.threads)
     began = time.monotonic()
-    probe = train(options.folder / "probe", torch.device("cpu"))
-    world = SmallWorld(options.files, probe, measured_subjects(options.subjects), options.seeds)
+    world = SmallWorld(options.files, load(), measured_subjects(options.subjects), options.seeds)
     rng = random.Random("places")
     places = {i: rng.sample(PLACES, 6) for i in range(options.subjects)}
-
-    def context(name: str, variant: Variant, count: int) -> Row:
-        return _row(name, [world.draw(i, place, None, variant) for i in range(count) for place in places[i]])
-
-    def texture(name: str, strength: float, count: int) -> Row:
-        used = Variant(strength=strength)
-        return _row(name, [world.draw(i, None, material, used) for i in range(count) for material in MATERIALS])
-
     few = min(options.few, options.subjects)
+
+    def context(name: str, used: Variant, count: int = few) -> Row:
+        return Row.of(
+            name, [read for i in range(count) for where in places[i] for read in world.draw(i, where, None, used)[1]]
+        )
+
+    def texture(name: str, used: Variant, count: int = few) -> Row:
+        return Row.of(
+            name, [read for i in range(count) for what in MATERIALS for read in world.draw(i, None, what, used)[1]]
+        )
+
     tables = {
         "New context (strength 1.0)": (
             "place",
             [
-                context("MoMA", Variant(), options.subjects),
-                context("the prompt alone", Variant(plain=True), few),
-                context("without image tokens", Variant(image_tokens=False), few),
-                context("without the shortcut", Variant(shortcut=False), few),
-                context("without the subject mask", Variant(mask=False), few),
-                context("language model not shown the prompt", Variant(told=False), few),
+                context("**MoMA**", Variant(), options.subjects),
+                context("the prompt alone", Variant(plain=True)),
+                context("without image tokens", Variant(image_tokens=False)),
+                context("without the shortcut", Variant(shortcut=False)),
+                context("without the subject mask", Variant(mask=False)),
+                context("language model not shown the prompt", Variant(told=False)),
+                context(
+                    "image tokens only, no mask, no prompt (as IPAdapter)",
+                    Variant(shortcut=False, mask=False, told=False),
+                ),
+                context("shortcut only, no mask (as reference-only)", Variant(image_tokens=False, mask=False)),
+                context("three references", Variant(references=3)),
+                context("a region mask on the middle", Variant(region=True)),
+                context("a second subject, kept to a corner", Variant(second=True)),
             ],
         ),
-        "New texture, by strength": (
+        "New texture (strength 0.4)": (
             "material",
             [
-                texture(f"{strength:g}", strength, options.subjects if strength == 0.4 else few)
-                for strength in STRENGTHS
+                texture("**MoMA**", Variant(strength=0.4), options.subjects),
+                texture("the prompt alone", Variant(plain=True)),
+                texture("without image tokens", Variant(image_tokens=False, strength=0.4)),
+                texture("language model not shown the prompt", Variant(told=False, strength=0.4)),
             ],
         ),
     }
+    curves = {
+        "New context, by strength": ("place", [context(f"{s:g}", Variant(strength=s)) for s in STRENGTHS]),
+        "New texture, by strength": ("material", [texture(f"{s:g}", Variant(strength=s)) for s in STRENGTHS]),
+    }
+    _draw_curves(options.docs / CURVES, curves)
+    shown = []
+    for i in range(8):
+        asked = [(places[i][0], None, 1.0), (places[i][1], None, 1.0), (None, MATERIALS[i % len(MATERIALS)], 0.4)]
+        drawn = [world.draw(i, *what, Variant(strength=strength))[0][0] for *what, strength in asked]
+        shown.append(torch.stack([world.reference(i), *drawn]))
+    save_sheet(options.docs / SHEET, list(torch.stack(shown).transpose(0, 1)))
     trained = json.loads((options.files / "trained.json").read_text("utf-8"))["seen"]
-    options.page.write_text(_page(options, tables, trained, time.monotonic() - began), encoding="utf-8")
-    print(f"Wrote {options.page}")
+    page = _page(options, tables | curves, trained, time.monotonic() - began)
+    (options.docs / "quality.md").write_text(page, encoding="utf-8")
+    print(f"Wrote {options.docs / 'quality.md'}")
 
 
-def _row(name: str, drawn: list[Any]) -> Row:
-    readings = [reading for each in drawn for reading in each]
-    overlaps = [reading.overlap for reading in readings if reading.overlap is not None]
+def _draw_curves(path: Path, curves: dict[str, tuple[str, list[Row]]]) -> None:
+    import matplotlib
 
-    def share(what: str) -> float:
-        return sum(getattr(reading, what) for reading in readings) / len(readings)
+    matplotlib.use("agg")
+    from matplotlib import pyplot
 
-    row = Row(
-        name,
-        len(readings),
-        share("found"),
-        share("aimed"),
-        share("kind"),
-        sum(overlaps) / len(overlaps) if overlaps else None,
-    )
-    print(row.line(), flush=True)
-    return row
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(9, 3.4), sharey=True, layout="constrained")
+    for axis, (title, (aim, rows)) in zip(axes, curves.items(), strict=True):
+        strengths = [float(row.name) for row in rows]
+        for name, values in (
+            ("subject found", [row.found for row in rows]),
+            (f"{aim} right", [row.aimed for row in rows]),
+            ("class right", [row.kind for row in rows]),
+        ):
+            axis.plot(strengths, [100 * value for value in values], marker="o", label=name)
+        axis.set(title=title, xlabel="strength of the shortcut", ylim=(0, 103))
+        axis.grid(alpha=0.3)
+        axis.legend(loc="lower right", fontsize="small")
+    axes[0].set_ylabel("% of pictures")
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
 
 
 def _page(
@@ -145,17 +188,23 @@ def _page(
         "",
         "Written by `python3 training/quality.py`; how it measures: `training/drawn.py`, `training/probe.py`.",
         "",
+        f"![Eight subjects: reference, in two places, of a material]({SHEET})",
+        "",
         f"{options.subjects} subjects that training never saw, each from one reference on plain paper, {options.seeds} "
-        "seeds a prompt; 20 steps, `ddim`,",
-        "CFG 4. *Found*: the subject's own reference is the nearest of all by what a probe reads (class, colours, "
-        "pattern, shape). *Mask*:",
-        "overlap (IoU) of the mask that MoMA found with where the probe sees the subject.",
+        f"seeds a prompt (the other rows: {options.few} of them); 20 steps, `ddim`, CFG 4.",
+        "",
+        f"- *Found*: the subject's own reference is the nearest of all {options.subjects} by what a probe reads: "
+        "class, colours, pattern, shape. The probe learnt from pictures of its own.",
+        "- *Place*, *material*, *class right*: what the probe reads is what was asked for.",
+        "- *Shape*: mean error of the two numbers that make a subject's shape, 0..1; 0.33 is a guess.",
+        "- *Mask*: overlap (IoU) of the mask that MoMA found with where the probe sees the subject.",
         "",
         f"The files were trained on so many samples: {seen}. Measured in {seconds / 60:.0f} minutes.",
     ]
     for title, (aim, rows) in tables.items():
-        lines += ["", f"## {title}", "", f"| | pictures | found | {aim} right | class right | mask |"]
-        lines += ["| --- | --- | --- | --- | --- | --- |", *(row.line() for row in rows)]
+        lines += ["", f"## {title}", "", f"| | pictures | found | {aim} right | class right | shape | mask |"]
+        lines += ["| --- | --- | --- | --- | --- | --- | --- |", *(row.line() for row in rows)]
+    lines += ["", f"![Both by strength]({CURVES})"]
     return "\n".join(lines) + "\n"
 
 

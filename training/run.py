@@ -16,6 +16,7 @@ from comfyui_source import cache_dir
 from inside import comfyui_inside
 
 STAGES = ("vae", "diffusion", "language", "adapter")
+PROBE = "probe"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -27,7 +28,9 @@ def parse_arguments() -> argparse.Namespace:
         "--share", type=float, default=1.0, help="of the planned samples; a larger share goes on from a smaller one"
     )
     parser.add_argument(
-        "--stage", choices=STAGES, help="only this one; those it needs stay as they are (language needs none)"
+        "--stage",
+        choices=(*STAGES, PROBE),
+        help="only this one; those it needs stay as they are (language needs none); probe: what measures them",
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="on a CPU")
     parser.add_argument("--anew", action="store_true", help="from nothing, not from the weights in weights/")
@@ -45,13 +48,16 @@ def main() -> None:
     args.use_pytorch_cross_attention = True  # What ComfyUI takes on a CPU is slower in training.
     bootstrap()
     import torch
-    from comfyui_moma.training import diffusion, export, language, small_adapter, vae
+    from comfyui_moma.training import diffusion, export, language, probe, small_adapter, vae
     from comfyui_moma.training.latents import Latents
     from comfyui_moma.training.loop import samples_seen
 
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     folder, share = options.folder, options.share
+    if options.stage == PROBE:
+        probe.save(probe.train(folder / PROBE, device, probe.PLAN.shortened(share)))
+        return
     start = None if options.anew else export.read_back(ROOT / "weights")
     plans = {
         name: stage.PLAN.shortened(share if options.stage in (None, name) else 0)

@@ -1,4 +1,4 @@
-"""Pictures to look at while an adapter learns: made by the product itself from the adapter's file."""
+"""Pictures to look at while an adapter learns."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..moma_modules.adapter.loading import load_adapter
 from ..moma_modules.prompt.subject_tokens import PROMPT_TEMPLATE
 from ..moma_modules.prompt.text import encode_prompt
-from ..moma_modules.sampling.reference import encode_reference
-from ..moma_modules.sampling.settings import ImageTokens, Settings, Shortcut
+from ..moma_modules.sampling.settings import ImageTokens, Settings
 from ..moma_modules.sampling.wrappers import patched
-from ..moma_modules.subject.subject import Subject
+from .drawing import Product
 from .vae import save_sheet
 
 STEPS = 15
@@ -56,45 +54,19 @@ def answered(
         model, clip, vae: ComfyUI's.
         size: Side of the pictures in pixels.
     """
-    import comfy.sample
-
-    adapter = load_adapter(adapter_file)
-    generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(1, 4, size // 8, size // 8, generator=generator)
+    product = Product.of(model, clip, vae, adapter_file)
+    noise = torch.randn(1, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(1))
     pictures = []
     with torch.inference_mode():
-        negative = [[clip.encode_from_tokens(clip.tokenize("")), {}]]
         for question, state in zip(questions, hidden, strict=True):
-            subject = Subject(
-                adapter.map_hidden_state(state),
-                question.word,
-                question.prompt,
-                question.picture[None],
-                question.mask[None],
-                adapter.identity,
-            )
-            encoded = encode_reference(adapter, subject, vae, clip)
-            reference_noise = torch.randn(encoded.latent.shape, generator=generator.manual_seed(2))
-            shortcut = Shortcut(encoded.latent, encoded.text, reference_noise, question.strength)
-            settings = Settings().with_subject(subject, adapter, image_tokens=ImageTokens(), shortcut=shortcut)
+            subject = product.subject(state, question.word, question.prompt, question.picture, question.mask)
+            parts = {"image_tokens": ImageTokens(), "shortcut": product.shortcut(subject, question.strength, seed=2)}
+            with_moma = patched(model, Settings().with_subject(subject, product.adapter, **parts))
             positive = encode_prompt(clip, subject, question.prompt, PROMPT_TEMPLATE).conditioning
-            both = []
-            for used in (model, patched(model, settings)):
-                samples = comfy.sample.sample(
-                    used,
-                    noise,
-                    STEPS,
-                    cfg,
-                    "ddim",
-                    "ddim_uniform",
-                    positive,
-                    negative,
-                    torch.zeros_like(noise),
-                    seed=1,
-                    disable_pbar=True,
-                )
-                both.append(vae.decode(samples)[0].movedim(-1, 0).float().cpu().clone() * 2 - 1)
-            pictures.append((both[0], both[1]))
+            without, drawn = (
+                product.pictures(product.samples(used, positive, noise, STEPS, cfg))[0] for used in (model, with_moma)
+            )
+            pictures.append((without, drawn))
     return pictures
 
 
