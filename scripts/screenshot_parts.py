@@ -1,7 +1,6 @@
 """The parts of `screenshots.py`, inside ComfyUI's Python: docs/images, web/docs/images and thumbnails in workflows/.
 
-In the workflow *try_it* the small world's weights draw; elsewhere the weights are random, so pictures that the model
-makes are noise, and the previews show the test's cup.
+Pictures that a model makes are the small world's; nothing else is run.
 """
 
 import io
@@ -15,6 +14,9 @@ import numpy as np
 from browser import SETTINGS, WINDOW, Editor, open_browser, open_editor
 from comfyui_source import ROOT, cache_dir
 from PIL import Image
+from thumbnails import TITLES, take_thumbnails
+
+from workbench.small_world import shown_in_small_world
 
 DOCS, HELP = ROOT / "docs" / "images", ROOT / "web" / "docs" / "images"
 PHOTO = ROOT / "workbench" / "photo" / "photo_masked.png"
@@ -26,7 +28,8 @@ LISTED = (
     "loras/style.safetensors",
 )
 """Files that workflows name and no picture needs the content of: with them, nothing is shown as missing."""
-SMALL = {"EmptyLatentImage": (192, 192, 1)}
+PAINTED = "painted.png"
+"""An example of the small world, as a user's picture in ComfyUI's input folder."""
 
 
 def workflow(name: str) -> dict[str, Any]:
@@ -34,16 +37,12 @@ def workflow(name: str) -> dict[str, Any]:
     return dict(json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")))
 
 
-def made_small(content: dict[str, Any], steps: int) -> dict[str, Any]:
-    """The same graph at a size that a CPU can run."""
+def painted(name: str, steps: int) -> dict[str, Any]:
+    """A workflow in the small world, with a painted cup."""
+    content = shown_in_small_world(workflow(name), steps)
     for node in content["nodes"]:
-        if node["type"] in SMALL:
-            node["widgets_values"] = list(SMALL[node["type"]])
-        elif node["type"] == "KSampler":
-            node["widgets_values"][1:3] = ["fixed", steps]
-        elif node["type"] == "MoMAStrengthStudy":
-            node["widgets_values"][:2] = ["0.0, 0.6, 1.2", "1.0"]
-            node["widgets_values"][4] = steps
+        if node["type"] == "LoadImage":
+            node["widgets_values"][0] = PAINTED
     return content
 
 
@@ -73,23 +72,23 @@ def _shrink(target: Path, width: int) -> None:
 
 
 def workflows(editor: Editor) -> None:
-    """Every workflow as it opens, and its thumbnail; `try_it` after a run."""
+    """Every workflow as it opens, which is the thumbnail of those that the small world cannot run."""
     for path in sorted((ROOT / "workflows").glob("*.json")):
         if path.stem == "try_it":
             continue
         editor.load(workflow(path.stem), path.stem)
         editor.close_dialogs()
         take(editor, DOCS / f"{path.stem}.png")
-        thumbnail(DOCS / f"{path.stem}.png", path.with_suffix(".jpg"))
+        if path.stem not in TITLES:
+            thumbnail(DOCS / f"{path.stem}.png", path.with_suffix(".jpg"))
 
 
 def try_it(editor: Editor) -> None:
-    """The small world's workflow after a run, and its thumbnail."""
+    """The small world's workflow after a run."""
     editor.load(workflow("try_it"), "try_it")
     editor.close_dialogs()
     editor.queue(RUN)
     take(editor, DOCS / "try_it.png", width=1100)
-    thumbnail(DOCS / "try_it.png", ROOT / "workflows" / "try_it.jpg")
 
 
 def nodes(editor: Editor) -> None:
@@ -134,7 +133,7 @@ def help_page(editor: Editor) -> None:
 
 def previews(editor: Editor) -> None:
     """What the nodes show after a run."""
-    editor.load(made_small(workflow("new_context"), steps=8), "new_context_small")
+    editor.load(painted("new_context", steps=30), "new_context_painted")
     editor.close_dialogs()
     editor.queue(RUN)
     take(editor, DOCS / "preview_extract.png", ("MoMAExtractSubject",), width=900)
@@ -158,7 +157,7 @@ def previews(editor: Editor) -> None:
 
 def study(editor: Editor) -> None:
     """The strength study after a run."""
-    editor.load(made_small(workflow("strength_study"), steps=2), "strength_study_small")
+    editor.load(painted("strength_study", steps=30), "strength_study_painted")
     editor.close_dialogs()
     editor.queue(RUN)
     take(editor, DOCS / "strength_study_result.png", width=1100)
@@ -185,6 +184,10 @@ PARTS = {
     "help": help_page,
     "artwork": artwork,
 }
+
+
+THUMBNAILS = "thumbnails"
+"""A part that needs no editor."""
 
 
 def save_cup(folder: Path) -> None:
@@ -218,11 +221,15 @@ def take_all(comfyui: Path, chosen: list[str]) -> None:
         }
         with ComfyServer(comfyui, Path(folder) / "server", models) as server:
             shutil.copyfile(PHOTO, server.input / "example.png")
+            shutil.copyfile(ROOT / "weights" / "examples" / "striped_cup.png", server.input / PAINTED)
             for name in LISTED:
                 (server.base / "models" / name).parent.mkdir(exist_ok=True)
                 (server.base / "models" / name).touch()
             save_cup(server.output / "moma_subjects")
             server.post("/settings", SETTINGS)
+            if not chosen or THUMBNAILS in chosen:
+                take_thumbnails(server)
             with open_browser() as browser, open_editor(browser, server.address) as editor:
                 for name in chosen or PARTS:
-                    PARTS[name](editor)
+                    if name != THUMBNAILS:
+                        PARTS[name](editor)

@@ -57,9 +57,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Read:
-    """What a probe reads in one picture, held against what was asked for; see `quality.Row`."""
+    """What a probe reads in one picture, held against what was asked for; see `quality.Row`.
+
+    Attributes:
+        distance: To the subject's own reference, see `looks`.
+    """
 
     found: bool
+    distance: float
     aimed: bool
     kind: bool
     shape: float
@@ -152,20 +157,21 @@ class SmallWorld:
         self, number: int, reading: Reading, masks: Tensor | None, place: str | None, material: str | None
     ) -> list[Read]:
         subject = self._subjects[number]
-        nearest = torch.cdist(looks(reading), self._looks).argmin(dim=1)
+        distances = torch.cdist(looks(reading), self._looks)
         named = {name: logits.argmax(dim=1) for name, logits in reading.named.items()}
         aim, wanted = ("material", material) if material else ("place", place)
         kind = NAMED["class"].index(subject.name)
         shapes = (reading.numbers[:, SHAPE] + 1) / 2 - torch.tensor(subject.shape)
         found = []
-        for i in range(len(nearest)):
+        for i, from_all in enumerate(distances):
             overlap = None
             if masks is not None:
                 here, seen = masks[i] > 0.5, reading.masks[i] > 0
                 overlap = float((here & seen).sum() / (here | seen).sum().clamp(min=1))
             found.append(
                 Read(
-                    found=int(nearest[i]) == number,
+                    found=int(from_all.argmin()) == number,
+                    distance=float(from_all[number]),
                     aimed=NAMED[aim][int(named[aim][i])] == wanted,
                     kind=int(named["class"][i]) == kind,
                     shape=float(shapes[i].abs().mean()),

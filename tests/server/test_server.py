@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comfyui_moma.moma_modules.download.release import ADAPTER_NAME, FOLDER, MLLM_FILES, REPOSITORY
-from comfyui_source import cache_dir
+from comfyui_moma.moma_modules.download.release import FOLDER, MLLM_FILES, REPOSITORY
 from hub_server import HubFile, HubServer
 from PIL import Image
 from safetensors.numpy import load_file
+from workflow_files import api as committed
 
 from workbench import ROOT
 from workbench.bootstrap import comfyui_path
 from workbench.comfy_server import ComfyServer, ExecutionFailedError, Prompt, PromptRefusedError, Run
-from workbench.random_weights import adapter_file, llava_folder, sd15_checkpoint
+from workbench.random_weights import llava_folder
+from workbench.small_world import ADAPTER, MLLM, in_small_world
 
 pytestmark = pytest.mark.server
 SNAPSHOT = ROOT / "tests" / "data" / "object_info.json"
@@ -28,15 +29,13 @@ MOMA_NODES = 17
 
 
 def api(name: str) -> Prompt:
-    """A committed API prompt, made small: fewer steps, a small wide picture, the test's photograph."""
-    prompt = json.loads((ROOT / "tests" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    """A committed API prompt in the small world: two steps, a small wide picture, the test's photograph."""
+    prompt = in_small_world(committed(name), steps=2, photo=True)
     for node in prompt.values():
         if node["class_type"] == "LoadImage":
             node["inputs"]["image"] = "photo_masked.png"
         elif node["class_type"] == "EmptyLatentImage":
             node["inputs"] |= {"width": 128, "height": 96}
-        elif node["class_type"] == "KSampler":
-            node["inputs"]["steps"] = 2
     return prompt
 
 
@@ -66,14 +65,8 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """A server with random weights of the real formats, and the photograph."""
-    folder = tmp_path_factory.mktemp("models") / "MoMA_llava_7b"
-    adapter_file(llava_folder(folder))
-    models = {
-        "checkpoints/v1-5-pruned-emaonly-fp16.safetensors": sd15_checkpoint(cache_dir()),
-        "moma/MoMA_llava_7b": folder,
-    }
-    with ComfyServer(comfyui_path(), tmp_path_factory.mktemp("server"), models) as started:
+    """A server with the photograph, and the small world's weights, which come with the pack."""
+    with ComfyServer(comfyui_path(), tmp_path_factory.mktemp("server")) as started:
         started.add_input(ROOT / "workbench" / "photo" / "photo_masked.png")
         started.add_input(ROOT / "workbench" / "photo" / "photo.jpg")
         yield started
@@ -126,13 +119,13 @@ def test_nodes_can_be_found_and_explain_themselves(bare: ComfyServer) -> None:
 
 def test_missing_files_are_named_before_anything_runs(bare: ComfyServer) -> None:
     with pytest.raises(PromptRefusedError) as refusal:
-        bare.run(api("new_context"))
+        bare.run(committed("new_context"))
     message = str(refusal.value)
     folder = str(bare.base / "models" / "moma")
     for part in ("there is no MLLM 'MoMA_llava_7b'", "there is no adapter", folder, "huggingface.co/Kunpeng"):
         assert part in message
     with pytest.raises(PromptRefusedError, match=r"there is no saved subject 'cup_00001_\.safetensors'.*moma_subjects"):
-        bare.run(api("from_subject"))
+        bare.run(committed("from_subject"))
 
 
 def test_a_download_and_a_conversion_through_the_server(tmp_path: Path) -> None:
@@ -172,7 +165,7 @@ def test_the_new_context_workflow(server: ComfyServer, first: tuple[Run, np.ndar
     mask = picture(server, prompt, run, "MoMASubjectMask")
     assert mask.shape[:2] == (96, 128) and len(np.unique(mask)) > 10
     (saved,) = run.files(find(prompt, "MoMASaveSubject"), "moma_subjects")
-    assert (server.output / saved["subfolder"] / saved["filename"]).stat().st_size > 1_000_000
+    assert (server.output / saved["subfolder"] / saved["filename"]).stat().st_size > 4 * 128 * 128
     assert any(node == find(prompt, "MoMAExtractSubject") for node, _, _ in run.progress)
 
 
@@ -236,7 +229,7 @@ def test_strength_and_weight_zero_are_the_unpatched_model(server: ComfyServer) -
     inputs(off, "MoMAApplyAdapter")["weight"] = 0.0
     patched = picture(server, off, server.run(off))
     plain = copy.deepcopy(off)
-    inputs(plain, "KSampler")["model"] = [find(plain, "CheckpointLoaderSimple"), 0]
+    inputs(plain, "KSampler")["model"] = [find(plain, "MoMALoadMini"), 0]
     del plain[find(plain, "MoMASubjectMask")]
     assert np.array_equal(patched, picture(server, plain, server.run(plain)))
 
@@ -264,8 +257,8 @@ def test_a_batch_makes_one_subject_and_a_list_one_for_each_picture(server: Comfy
             "2": {"class_type": "ImageInvert", "inputs": {"image": ["1", 0]}},
             "3": {"class_type": "ImageBatch", "inputs": {"image1": ["1", 0], "image2": ["2", 0]}},
             "4": {"class_type": "RebatchImages", "inputs": {"images": ["3", 0], "batch_size": 1}},
-            "5": {"class_type": "MoMALoadMLLM", "inputs": {"model_name": FOLDER, "precision": "auto"}},
-            "6": {"class_type": "MoMALoadAdapter", "inputs": {"adapter_name": ADAPTER_NAME}},
+            "5": {"class_type": "MoMALoadMLLM", "inputs": {"model_name": MLLM, "precision": "auto"}},
+            "6": {"class_type": "MoMALoadAdapter", "inputs": {"adapter_name": ADAPTER}},
             "7": {
                 "class_type": "MoMAExtractSubject",
                 "inputs": {"mllm": ["5", 0], "adapter": ["6", 0], "image": image, "mask": ["1", 1]}

@@ -1,56 +1,61 @@
-"""The published small world draws its subjects: held-out ones, asked for in places and of materials."""
+"""The published small world draws its subjects: held-out ones, asked for in places and of materials.
 
-import numpy as np
+The bounds were chosen between what the published files give, whatever the noise, and what each of these faults leaves:
+the found mask inverted, the reference's keys and values not projected, the picture at the end of the instruction, the
+reference in noise. docs/quality.md has the whole measurement.
+"""
+
+from collections.abc import Sequence
+from statistics import fmean
+
 import pytest
 import torch
 from comfyui_moma.moma_modules.host.folders import OWN_WEIGHTS
-from comfyui_moma.moma_modules.mini.checkpoint import load_mini_checkpoint
-from comfyui_moma.moma_modules.mllm.encode import subject_hidden_state
-from comfyui_moma.moma_modules.mllm.loading import load_mllm
-from comfyui_moma.training import export
-from comfyui_moma.training.small_adapter import questions
-from comfyui_moma.training.validation import answered
-from comfyui_moma.training.world import SIDE
+from comfyui_moma.training.drawn import Read, SmallWorld, Variant, measured_subjects
+from comfyui_moma.training.probe import load
+from comfyui_moma.training.world import CLASSES, MATERIALS, PLACES
 
-from workbench.likeness import colour_likeness
-
-pytestmark = [pytest.mark.newest, pytest.mark.slow]
-
-
-def pixels(picture: torch.Tensor) -> np.ndarray:
-    """A picture [3, H, W] in -1..1 as uint8 [H, W, 3]."""
-    return ((picture.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+pytestmark = pytest.mark.newest
 
 
 @pytest.fixture(scope="module")
-def drawn() -> list[tuple[float, float, bool]]:
-    """Of each question: likeness of the picture without and with MoMA, and whether it asks for a material."""
-    asked = questions()
-    mllm = load_mllm(OWN_WEIGHTS / export.MLLM, "fp32")
-    hidden = [
-        subject_hidden_state(mllm, each.picture.numpy(), each.mask.numpy(), each.word, each.prompt) for each in asked
-    ]
-    model, clip, vae = load_mini_checkpoint(OWN_WEIGHTS / export.CHECKPOINT)
-    pictures = answered(asked, hidden, OWN_WEIGHTS / export.ADAPTER, model, clip, vae, SIDE, cfg=4.0)
-    middle = np.zeros((SIDE, SIDE), bool)  # All scenes have their subject there.
-    middle[40:100, 36:92] = True
-    found = []
-    for question, both in zip(asked, pictures, strict=True):
-        without, with_moma = (
-            colour_likeness(pixels(picture), middle, question.picture.numpy(), question.mask.numpy())
-            for picture in both
-        )
-        found.append((without, with_moma, question.strength < 1))
-    return found
+def world() -> SmallWorld:
+    torch.manual_seed(0)
+    return SmallWorld(OWN_WEIGHTS, load(), measured_subjects(len(CLASSES)), seeds=1)
 
 
-def test_the_subjects_colours_come_through(drawn: list[tuple[float, float, bool]]) -> None:
-    kept = [(without, with_moma) for without, with_moma, material in drawn if not material]
-    without, with_moma = np.mean(kept, axis=0)
-    assert with_moma > without + 0.07, kept  # 0.098 with the first published weights
+@pytest.fixture(scope="module")
+def somewhere(world: SmallWorld) -> list[Read]:
+    """One subject of each class in two places."""
+    places = [(i, PLACES[(i + shift) % len(PLACES)]) for shift in (0, 3) for i in range(len(CLASSES))]
+    return [read for i, place in places for read in world.draw(i, place, None, Variant())[1]]
 
 
-def test_a_material_takes_their_place(drawn: list[tuple[float, float, bool]]) -> None:
-    kept = np.mean([with_moma for _, with_moma, material in drawn if not material])
-    made = np.mean([with_moma for _, with_moma, material in drawn if material])
-    assert made < kept, drawn
+@pytest.fixture(scope="module")
+def made_anew(world: SmallWorld) -> list[Read]:
+    """Each of a material."""
+    asked = [(i, MATERIALS[i % len(MATERIALS)]) for i in range(len(CLASSES))]
+    return [read for i, material in asked for read in world.draw(i, None, material, Variant(strength=0.4))[1]]
+
+
+def mean(readings: Sequence[Read], what: str) -> float:
+    return fmean(float(getattr(reading, what)) for reading in readings)
+
+
+def test_the_subject_comes_through(somewhere: list[Read]) -> None:
+    assert mean(somewhere, "distance") < 0.9, somewhere
+
+
+def test_the_prompt_decides_where_and_what_it_is(somewhere: list[Read]) -> None:
+    assert mean(somewhere, "aimed") > 0.8, somewhere
+    assert mean(somewhere, "kind") > 0.8, somewhere
+
+
+def test_the_found_mask_lies_on_the_subject(somewhere: list[Read]) -> None:
+    overlaps = [reading.overlap for reading in somewhere if reading.overlap is not None]
+    assert len(overlaps) == len(somewhere) and fmean(overlaps) > 0.5, somewhere
+
+
+def test_a_material_takes_the_place_of_the_colours(made_anew: list[Read]) -> None:
+    assert mean(made_anew, "aimed") > 0.5, made_anew
+    assert mean(made_anew, "kind") > 0.7, made_anew
