@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 import os
-import shlex
 import signal
 import socket
 import sys
@@ -14,25 +13,22 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from .backend import LocalBackend
 from .driver import OK, SOME_FAILED, USAGE, Driver, Limits
 from .index import Index
 from .journal import Journal, entries
 from .lock import LockedError, is_held, only_driver
-from .models import Weights, find_comfyui, find_python, graphics_cards
+from .models import Weights, find_comfyui
 from .plan import Planner, replay
-from .process import Launch
 from .progress import Progress
 from .report import write_report
 from .results import PLAN, is_there, write_plan, write_results
 from .server import GoneError, Server
 from .table import TableError
-from .worker import Patience, WorkerSpec
+from .workers import MEGABYTE, backend_for, check_choice
 from .workflow import DEFAULT
 
 VERSION = 1
 FAILED = ("refused", "failed", "poison")
-MEGABYTE = 1 << 20
 
 
 def main(words: list[str]) -> int:
@@ -57,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--inputs", type=Path, action="append", default=[], help="one more folder with pictures")
         command.add_argument("--one-phase", action="store_true", help="do not encode the subjects first")
         command.add_argument("--comfyui", type=Path, help="the folder of the ComfyUI to start")
+        command.add_argument("--address", help="a Ray cluster: auto, HOST:PORT, ray://HOST:PORT; local for none")
         command.add_argument("--server", action="append", default=[], metavar="URL", help="a server that runs already")
     run.add_argument("--only", choices=("encode", "sample"), help="one phase alone")
     run.add_argument("--workers", type=int, help="how many ComfyUIs to start; default: one for each card, else one")
@@ -83,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _planner(options: argparse.Namespace, index: Index) -> Planner:
-    identity = (lambda _: []) if options.server else Weights(find_comfyui(options.comfyui)).identity
+    elsewhere = options.server or options.address
+    identity = (lambda _: []) if elsewhere else Weights(find_comfyui(options.comfyui)).identity
     workflow = options.workflow.resolve()
     return Planner(options.table, index, workflow, options.inputs, identity, not options.one_phase)
 
@@ -133,20 +131,20 @@ def _missing_nodes(options: argparse.Namespace) -> list[str]:
 def _run(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     options.out = options.out.resolve()
-    specs = _workers(options)
+    check_choice(options)
     with only_driver(options.out), contextlib.closing(Index(options.out)) as index:
         journal = Journal(options.out)
         rows = _prepared(options, index)
         run_id = _run_id(options.out)
         content = {"version": VERSION, "run": run_id, "table": str(options.table.resolve()), "rows": rows}
         content |= {"pictures": sum(index.counts(False).values()), "subjects": sum(index.counts(True).values())}
-        content |= {"workers": [spec.name for spec in specs]}
+        backend = backend_for(options, run_id)
+        content |= {"workers": list(backend.names)}
         write_plan(options.out, content)
         progress = Progress(lambda: (index.counts(True), index.counts(False)))
         journal.add("run", {"host": socket.gethostname(), "pid": os.getpid(), "workers": content["workers"]})
         encodes = {None: None, "encode": True, "sample": False}[options.only]
         limits = Limits(options.timeout, options.keep_free * MEGABYTE, encodes)
-        backend = LocalBackend(specs)
         driver = Driver(options.out, run_id, index, journal, backend, limits, progress.line, progress.tick)
         with _signals(driver, progress):
             status = driver.run()
@@ -162,27 +160,6 @@ def _run_id(folder: Path) -> str:
         return str(json.loads((folder / PLAN).read_text(encoding="utf-8"))["run"])
     except (OSError, ValueError, KeyError):
         return uuid.uuid4().hex
-
-
-def _workers(options: argparse.Namespace) -> list[WorkerSpec]:
-    patience = Patience(back=options.server_wait)
-    if options.server:
-        if options.workers or options.comfyui:
-            raise ValueError("--server names servers that run already: leave out --workers and --comfyui")
-        urls = [Server(url).url for url in options.server]
-        if len(set(urls)) < len(urls):
-            raise ValueError("--server names one server twice")
-        return [WorkerSpec(url, url, None, patience) for url in urls]
-    comfyui = find_comfyui(options.comfyui)
-    python, cards = find_python(options.python, comfyui), graphics_cards()
-    more = shlex.split(options.comfyui_args)
-    specs = []
-    for number in range(options.workers or cards or 1):
-        place = ["--cuda-device", str(number % cards)] if cards else [] if sys.platform == "darwin" else ["--cpu"]
-        launch = Launch(comfyui, python, options.out / "workers" / str(number + 1), [*place, *more])
-        name, memory = f"worker {number + 1}", options.max_memory * MEGABYTE
-        specs.append(WorkerSpec(name, "", launch, patience, options.restart_after, memory))
-    return specs
 
 
 @contextlib.contextmanager
