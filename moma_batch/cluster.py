@@ -6,6 +6,8 @@ Ray is imported here alone, and only for `--address`.
 import contextlib
 import dataclasses
 import os
+import shutil
+import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -56,13 +58,12 @@ def connect(address: str) -> ModuleType:
         raise ValueError(MISSING) from error
     more: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(
-            address,
-            runtime_env={"py_modules": [str(Path(__file__).parent)], "env_vars": VARIABLES},
-            log_to_driver=False,
-            logging_level="ERROR",
-            **more,
-        )
+        with tempfile.TemporaryDirectory(prefix="moma_batch-code-") as code:
+            here = Path(__file__).parent
+            shutil.copytree(here, Path(code) / here.name, ignore=shutil.ignore_patterns("__pycache__"))
+            # Not `py_modules`: with those a worker would first look below the driver's own folders.
+            given = {"working_dir": code, "env_vars": VARIABLES}
+            ray.init(address, runtime_env=given, log_to_driver=False, logging_level="ERROR", **more)
     except Exception as error:  # of many classes, some of them Ray's own internals
         raise ValueError(f"--address {address}: {_reason(error)}") from error
     return ray

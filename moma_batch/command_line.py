@@ -22,13 +22,12 @@ from .plan import Planner, replay
 from .progress import Progress
 from .report import write_report
 from .results import PLAN, is_there, write_plan, write_results
+from .retry import FAILED, to_retry
 from .server import GoneError, Server
 from .table import TableError
-from .workers import MEGABYTE, backend_for, check_choice
-from .workflow import DEFAULT
+from .workers import MEGABYTE, backend_for, check_choice, choose_workflow
 
 VERSION = 1
-FAILED = ("refused", "failed", "poison")
 
 
 def main(words: list[str]) -> int:
@@ -49,16 +48,16 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, check):
         command.add_argument("table", type=Path, help=".csv, .jsonl or .parquet")
         command.add_argument("--out", type=Path, required=True, help="the run's folder")
-        command.add_argument("--workflow", type=Path, default=DEFAULT, help="an API prompt, for rows that name none")
+        command.add_argument("--workflow", type=Path, help="an API prompt, for rows that name none")
         command.add_argument("--inputs", type=Path, action="append", default=[], help="one more folder with pictures")
         command.add_argument("--one-phase", action="store_true", help="do not encode the subjects first")
         command.add_argument("--comfyui", type=Path, help="the folder of the ComfyUI to start")
+        command.add_argument("--comfyui-args", default="", help="more for ComfyUI's command line, in one argument")
         command.add_argument("--address", help="a Ray cluster: auto, HOST:PORT, ray://HOST:PORT; local for none")
         command.add_argument("--server", action="append", default=[], metavar="URL", help="a server that runs already")
     run.add_argument("--only", choices=("encode", "sample"), help="one phase alone")
     run.add_argument("--workers", type=int, help="how many ComfyUIs to start; default: one for each card, else one")
     run.add_argument("--python", help="the Python that can run ComfyUI")
-    run.add_argument("--comfyui-args", default="", help="more for ComfyUI's command line, in one argument")
     run.add_argument("--timeout", type=float, default=1800, help="seconds after which a prompt counts as hung")
     run.add_argument("--server-wait", type=float, default=300, help="seconds to wait for a server that is away")
     run.add_argument("--restart-after", type=int, default=0, help="start a ComfyUI anew after so many prompts")
@@ -96,6 +95,7 @@ def _prepared(options: argparse.Namespace, index: Index) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
+    choose_workflow(options)
     options.out.mkdir(parents=True, exist_ok=True)
     with only_driver(options.out), contextlib.closing(Index(options.out)) as index:
         rows = _prepared(options, index)
@@ -132,6 +132,7 @@ def _run(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     options.out = options.out.resolve()
     check_choice(options)
+    choose_workflow(options)
     with only_driver(options.out), contextlib.closing(Index(options.out)) as index:
         journal = Journal(options.out)
         rows = _prepared(options, index)
@@ -205,18 +206,12 @@ def _status(options: argparse.Namespace) -> int:
 def _retry(options: argparse.Namespace) -> int:
     _plan_of(options.out)
     with only_driver(options.out):
-        failed: dict[str, bool] = {}
-        for entry in entries(options.out):
-            if entry["event"] in ("end", "retry"):
-                failed[str(entry["task"])] = entry.get("status") in FAILED
-        chosen = [task for task, bad in failed.items() if bad]
-        if unknown := [name for name in options.ids if name not in chosen]:
-            raise ValueError(f"{unknown[0]!r} has not failed. Failed: {', '.join(chosen[:20]) or 'none'}")
+        chosen = to_retry(options.out, options.ids)
         journal = Journal(options.out)
-        for task in options.ids or chosen:
+        for task in chosen:
             journal.add("retry", {"task": task})
         journal.close()
-        print(f"The next run tries {len(options.ids or chosen)} again.")
+        print(f"The next run tries {len(chosen)} again.")
     return OK
 
 

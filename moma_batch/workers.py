@@ -1,15 +1,17 @@
 """Which workers a command line asks for: servers that run, ComfyUIs to start here, or on a cluster."""
 
 import argparse
+import contextlib
 import shlex
 import sys
 from pathlib import Path
 
 from .backend import Backend
-from .models import find_comfyui, find_python, graphics_cards
+from .models import are_small, find_comfyui, find_python, graphics_cards, may_have_weights
 from .process import Launch
-from .server import Server
+from .server import GoneError, Server
 from .worker import Patience, Worker, WorkerSpec
+from .workflow import DEFAULT, SMALL_WORLD
 
 MEGABYTE = 1 << 20
 
@@ -33,6 +35,30 @@ def check_choice(options: argparse.Namespace) -> None:
         options.comfyui = find_comfyui(options.comfyui)
     elif options.address and not (options.comfyui and options.comfyui.is_absolute()):
         raise ValueError("--address needs --comfyui DIR: ComfyUI's folder on the cluster's machines, from the root on")
+
+
+def choose_workflow(options: argparse.Namespace) -> None:
+    """Without `--workflow`: the small world's, where no other weights can be, said in one line; else `DEFAULT`."""
+    if options.workflow is not None:
+        return
+    options.workflow = SMALL_WORLD if _has_small_weights_only(options) else DEFAULT
+    if options.workflow == SMALL_WORLD:
+        print(
+            "There are no weights of MoMA in models/moma: pictures are made with the small ones of the pack, 128x128 "
+            f"({SMALL_WORLD.name}). --workflow names another graph.",
+            file=sys.stderr,
+        )
+
+
+def _has_small_weights_only(options: argparse.Namespace) -> bool:
+    """Of a server it is asked; of a cluster it is not known."""
+    if options.server:
+        with contextlib.suppress(GoneError):
+            return are_small(Server(options.server[0]).choices("MoMALoadAdapter", "adapter_name"))
+        return False
+    if options.address not in (None, "local"):
+        return False
+    return not may_have_weights(find_comfyui(options.comfyui), shlex.split(options.comfyui_args))
 
 
 def backend_for(options: argparse.Namespace, run_id: str) -> Backend:
