@@ -17,7 +17,7 @@ from workbench import ROOT
 
 FAKE = Path(__file__).parent / "fake_comfyui"
 COLUMNS = ("id", "image", "subject", "prompt", "seed")
-SECONDS = 300
+SECONDS = 120
 
 sys.path.append(str(ROOT))
 
@@ -58,7 +58,11 @@ class Place:
     def do(self, *words: str, own: int = 0) -> tuple[int, str]:
         """Exit status and what was printed."""
         process = self.start(*words, own=own)
-        output, _ = process.communicate(timeout=SECONDS)
+        try:
+            output, _ = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            pytest.fail(f"it did not end within {SECONDS} s:\n{process.communicate()[0]}")
         return process.returncode, output
 
     def server(self, port: int = 0) -> tuple[str, "subprocess.Popen[bytes]"]:
