@@ -7,7 +7,10 @@ import sys
 
 from ray.cluster_utils import Cluster
 
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1, "include_dashboard": False})
+# Processes that Ray starts in advance: the workers here need others, with the run's code.
+QUICK = {"enable_worker_prestart": False, "prestart_worker_first_driver": False}
+HEAD = {"num_cpus": 1, "num_gpus": 1, "include_dashboard": False, "_system_config": QUICK}
+cluster = Cluster(initialize_head=True, head_node_args=HEAD)
 other = cluster.add_node(num_cpus=1, num_gpus=1)
 cluster.wait_for_nodes()
 print(cluster.address, flush=True)
