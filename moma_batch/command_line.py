@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 import os
-import shlex
 import signal
 import socket
 import sys
@@ -14,25 +13,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from .backend import LocalBackend
 from .driver import OK, SOME_FAILED, USAGE, Driver, Limits
 from .index import Index
 from .journal import Journal, entries
 from .lock import LockedError, is_held, only_driver
-from .models import Weights, find_comfyui, find_python, graphics_cards
+from .models import Weights, find_comfyui
 from .plan import Planner, replay
-from .process import Launch
 from .progress import Progress
 from .report import write_report
 from .results import PLAN, is_there, write_plan, write_results
+from .retry import FAILED, to_retry
 from .server import GoneError, Server
 from .table import TableError
-from .worker import Patience, WorkerSpec
-from .workflow import DEFAULT
+from .workers import MEGABYTE, backend_for, check_choice, choose_workflow
 
 VERSION = 1
-FAILED = ("refused", "failed", "poison")
-MEGABYTE = 1 << 20
 
 
 def main(words: list[str]) -> int:
@@ -53,15 +48,16 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, check):
         command.add_argument("table", type=Path, help=".csv, .jsonl or .parquet")
         command.add_argument("--out", type=Path, required=True, help="the run's folder")
-        command.add_argument("--workflow", type=Path, default=DEFAULT, help="an API prompt, for rows that name none")
+        command.add_argument("--workflow", type=Path, help="an API prompt, for rows that name none")
         command.add_argument("--inputs", type=Path, action="append", default=[], help="one more folder with pictures")
         command.add_argument("--one-phase", action="store_true", help="do not encode the subjects first")
         command.add_argument("--comfyui", type=Path, help="the folder of the ComfyUI to start")
+        command.add_argument("--comfyui-args", default="", help="more for ComfyUI's command line, in one argument")
+        command.add_argument("--address", help="a Ray cluster: auto, HOST:PORT, ray://HOST:PORT; local for none")
         command.add_argument("--server", action="append", default=[], metavar="URL", help="a server that runs already")
     run.add_argument("--only", choices=("encode", "sample"), help="one phase alone")
     run.add_argument("--workers", type=int, help="how many ComfyUIs to start; default: one for each card, else one")
     run.add_argument("--python", help="the Python that can run ComfyUI")
-    run.add_argument("--comfyui-args", default="", help="more for ComfyUI's command line, in one argument")
     run.add_argument("--timeout", type=float, default=1800, help="seconds after which a prompt counts as hung")
     run.add_argument("--server-wait", type=float, default=300, help="seconds to wait for a server that is away")
     run.add_argument("--restart-after", type=int, default=0, help="start a ComfyUI anew after so many prompts")
@@ -83,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _planner(options: argparse.Namespace, index: Index) -> Planner:
-    identity = (lambda _: []) if options.server else Weights(find_comfyui(options.comfyui)).identity
+    elsewhere = options.server or options.address
+    identity = (lambda _: []) if elsewhere else Weights(find_comfyui(options.comfyui)).identity
     workflow = options.workflow.resolve()
     return Planner(options.table, index, workflow, options.inputs, identity, not options.one_phase)
 
@@ -98,6 +95,7 @@ def _prepared(options: argparse.Namespace, index: Index) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
+    choose_workflow(options)
     options.out.mkdir(parents=True, exist_ok=True)
     with only_driver(options.out), contextlib.closing(Index(options.out)) as index:
         rows = _prepared(options, index)
@@ -133,20 +131,21 @@ def _missing_nodes(options: argparse.Namespace) -> list[str]:
 def _run(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     options.out = options.out.resolve()
-    specs = _workers(options)
+    check_choice(options)
+    choose_workflow(options)
     with only_driver(options.out), contextlib.closing(Index(options.out)) as index:
         journal = Journal(options.out)
         rows = _prepared(options, index)
         run_id = _run_id(options.out)
         content = {"version": VERSION, "run": run_id, "table": str(options.table.resolve()), "rows": rows}
         content |= {"pictures": sum(index.counts(False).values()), "subjects": sum(index.counts(True).values())}
-        content |= {"workers": [spec.name for spec in specs]}
+        backend = backend_for(options, run_id)
+        content |= {"workers": list(backend.names)}
         write_plan(options.out, content)
         progress = Progress(lambda: (index.counts(True), index.counts(False)))
         journal.add("run", {"host": socket.gethostname(), "pid": os.getpid(), "workers": content["workers"]})
         encodes = {None: None, "encode": True, "sample": False}[options.only]
         limits = Limits(options.timeout, options.keep_free * MEGABYTE, encodes)
-        backend = LocalBackend(specs)
         driver = Driver(options.out, run_id, index, journal, backend, limits, progress.line, progress.tick)
         with _signals(driver, progress):
             status = driver.run()
@@ -162,27 +161,6 @@ def _run_id(folder: Path) -> str:
         return str(json.loads((folder / PLAN).read_text(encoding="utf-8"))["run"])
     except (OSError, ValueError, KeyError):
         return uuid.uuid4().hex
-
-
-def _workers(options: argparse.Namespace) -> list[WorkerSpec]:
-    patience = Patience(back=options.server_wait)
-    if options.server:
-        if options.workers or options.comfyui:
-            raise ValueError("--server names servers that run already: leave out --workers and --comfyui")
-        urls = [Server(url).url for url in options.server]
-        if len(set(urls)) < len(urls):
-            raise ValueError("--server names one server twice")
-        return [WorkerSpec(url, url, None, patience) for url in urls]
-    comfyui = find_comfyui(options.comfyui)
-    python, cards = find_python(options.python, comfyui), graphics_cards()
-    more = shlex.split(options.comfyui_args)
-    specs = []
-    for number in range(options.workers or cards or 1):
-        place = ["--cuda-device", str(number % cards)] if cards else [] if sys.platform == "darwin" else ["--cpu"]
-        launch = Launch(comfyui, python, options.out / "workers" / str(number + 1), [*place, *more])
-        name, memory = f"worker {number + 1}", options.max_memory * MEGABYTE
-        specs.append(WorkerSpec(name, "", launch, patience, options.restart_after, memory))
-    return specs
 
 
 @contextlib.contextmanager
@@ -228,18 +206,12 @@ def _status(options: argparse.Namespace) -> int:
 def _retry(options: argparse.Namespace) -> int:
     _plan_of(options.out)
     with only_driver(options.out):
-        failed: dict[str, bool] = {}
-        for entry in entries(options.out):
-            if entry["event"] in ("end", "retry"):
-                failed[str(entry["task"])] = entry.get("status") in FAILED
-        chosen = [task for task, bad in failed.items() if bad]
-        if unknown := [name for name in options.ids if name not in chosen]:
-            raise ValueError(f"{unknown[0]!r} has not failed. Failed: {', '.join(chosen[:20]) or 'none'}")
+        chosen = to_retry(options.out, options.ids)
         journal = Journal(options.out)
-        for task in options.ids or chosen:
+        for task in chosen:
             journal.add("retry", {"task": task})
         journal.close()
-        print(f"The next run tries {len(options.ids or chosen)} again.")
+        print(f"The next run tries {len(chosen)} again.")
     return OK
 
 

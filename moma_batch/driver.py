@@ -101,7 +101,7 @@ class Driver:
                         self._give(place)
             else:
                 self._take_back()
-            if not self._running:
+            if not self._goes_on():
                 return
             if self.stops > 1 and not self._interrupted:
                 self._interrupted = True
@@ -117,6 +117,15 @@ class Driver:
                 else:
                     self._ended(place, task, job, _outcome(future))
             self.tick()
+
+    def _goes_on(self) -> bool:
+        """Whether something runs, or will once a worker is well; nobody waits for a worker without rows for it."""
+        if any(task is not None for _, task, _ in self._running.values()):
+            return True
+        if not self._running or not self._may_start():
+            return False
+        kinds = (False, True) if self.limits.encodes is None else (self.limits.encodes,)
+        return any(self.index.counts(kind).get(state) for kind in kinds for state in ("pending", "running"))
 
     def _may_start(self) -> bool:
         return not self.stops and not self.full

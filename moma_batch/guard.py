@@ -53,11 +53,14 @@ def main() -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)  # the driver decides
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=not WINDOWS)
-    pid_file.write_text(f"{process.pid} {started_at(process.pid) or 0}", encoding="utf-8")
+    own = f"{process.pid} {started_at(process.pid) or 0}"
+    pid_file.write_text(own, encoding="utf-8")
     threading.Thread(target=_watch, args=(process.pid,), daemon=True).start()
     status = process.wait()
     end_group(process.pid)  # what it started
-    pid_file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a later guard may have put its own there
+        if pid_file.read_text(encoding="utf-8") == own:
+            pid_file.unlink()
     os._exit(status & 0xFF)
 
 

@@ -31,6 +31,14 @@ class Upload:
     name: str
     path: Path
 
+    def read(self) -> bytes:
+        """Its content.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        return self.path.read_bytes()
+
 
 @dataclass(frozen=True)
 class Job:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,6 +21,8 @@ _FOLDERS = {
     "control_net_name": "controlnet",
 }
 _EDGE = 1 << 20
+SMALL = "moma_mini"
+"""How the names of the weights begin that come with the pack."""
 
 
 def find_comfyui(named: Path | None) -> Path:
@@ -53,6 +56,26 @@ def graphics_cards() -> int:
         return 0
     done = subprocess.run([program, "-L"], capture_output=True, encoding="utf-8", errors="replace", check=False)
     return sum(line.startswith("GPU ") for line in done.stdout.splitlines()) if done.returncode == 0 else 0
+
+
+def may_have_weights(comfyui: Path, arguments: Sequence[str]) -> bool:
+    """Whether a ComfyUI may have MoMA's weights, beside the small ones that come with the pack.
+
+    Args:
+        arguments: Of its command line. One that names further folders for models leaves it open.
+    """
+    if any(word.startswith("--extra-model-paths-config") for word in arguments):
+        return True
+    if (comfyui / "extra_model_paths.yaml").is_file():
+        return True
+    named = list(arguments)
+    base = Path(named[named.index("--base-directory") + 1]) if "--base-directory" in named[:-1] else comfyui
+    return any(path.is_file() for path in (base / "models" / "moma").rglob("*"))
+
+
+def are_small(adapters: Sequence[str]) -> bool:
+    """Whether these adapters of a server, its choices, are those of the pack alone."""
+    return bool(adapters) and all(name.startswith(SMALL) for name in adapters)
 
 
 class Weights:

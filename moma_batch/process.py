@@ -75,7 +75,11 @@ class ComfyProcess:
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
                 start_new_session=os.name != "nt",  # Ctrl-C is for the driver
             )
-        self._wait(stopped)
+        try:
+            self._wait(stopped)
+        except GoneError:
+            self.stop()
+            raise
         return self.url
 
     def is_running(self) -> bool:
@@ -124,4 +128,6 @@ class ComfyProcess:
                 return
             except GoneError:
                 time.sleep(0.1)
+        if stopped():
+            raise GoneError("stopped")
         raise GoneError(f"ComfyUI did not answer within {START_SECONDS:.0f} s:\n{self.log_end()}")

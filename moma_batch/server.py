@@ -63,6 +63,13 @@ class Server:
         """The classes of nodes that it knows."""
         return set(self._json("GET", "/object_info"))
 
+    def choices(self, node: str, key: str) -> list[str]:
+        """What it offers for an input of a node; empty where it does not say."""
+        found = self._json("GET", f"/object_info/{node}").get(node, {}).get("input", {}).get("required", {}).get(key)
+        kind = found[0] if found else []
+        options = kind if isinstance(kind, list) else found[1].get("options", []) if len(found) > 1 else []
+        return [str(option) for option in options]
+
     def upload(self, name: str, content: bytes) -> None:
         """Put a file into its input folder, over one of that name."""
         folder, _, file = name.rpartition("/")

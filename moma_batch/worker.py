@@ -142,7 +142,7 @@ class Worker:
                 if upload.name in self._uploaded:
                     self._uploaded.move_to_end(upload.name)
                     continue
-            self._server.upload(upload.name, upload.path.read_bytes())
+            self._server.upload(upload.name, upload.read())
             with self._lock:
                 self._uploaded[upload.name] = None
                 while len(self._uploaded) > REMEMBERED:

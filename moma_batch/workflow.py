@@ -9,7 +9,9 @@ from typing import Any
 from .jobs import Graph
 from .table import RowError, TableError
 
-DEFAULT = Path(__file__).parent / "default.json"
+DEFAULT = Path(__file__).with_name("default.json")
+SMALL_WORLD = Path(__file__).with_name("small_world.json")
+"""`DEFAULT` with the small weights that come with the pack, for who has no others."""
 FILES = {("LoadImage", "image"), ("LoadImageMask", "image")}
 """Inputs that name a picture: what a row gives there is a file to upload."""
 EXTRACT, LOAD, SAVE_IMAGE = "MoMAExtractSubject", "MoMALoadSubject", "SaveImage"
@@ -179,7 +181,7 @@ _PLACES: dict[str, Callable[[Graph], Iterator[tuple[str, str]]]] = {
     "negative": _text_behind("negative"),
     "strength": _of(("MoMASelfAttnShortcut", "strength")),
     "weight": _of(("MoMAApplyAdapter", "weight")),
-    "checkpoint": _of(("CheckpointLoaderSimple", "ckpt_name")),
+    "checkpoint": _of(("CheckpointLoaderSimple", "ckpt_name"), ("MoMALoadMini", "ckpt_name")),
 }
 
 

@@ -13,12 +13,16 @@ BESIDE = ("MoMASubjectMask", "MoMASaveSubject")
 
 def files(info: Json) -> dict[Path, str]:
     """What the repository should hold, by path, for the node definitions `info` of a server."""
+    from workbench.small_world import in_small_world
+
     written: dict[Path, str] = {}
     for describe in WORKFLOWS:
         graph = describe()
         written[ROOT / "workflows" / f"{graph.name}.json"] = dump(graph.ui(info))
         written[ROOT / "tests" / "api" / f"{graph.name}.json"] = dump(graph.api(info))
-    written[ROOT / "moma_batch" / "default.json"] = dump(for_rows(new_context().api(info)))
+    rows = for_rows(new_context().api(info))
+    written[ROOT / "moma_batch" / "default.json"] = dump(rows)
+    written[ROOT / "moma_batch" / "small_world.json"] = dump(in_small_world(rows, photo=True))
     graph, inputs, outputs = personalize()
     written[ROOT / "subgraphs" / f"{PERSONALIZE.name}.json"] = dump(graph.blueprint(info, PERSONALIZE, inputs, outputs))
     written[ROOT / "tests" / "api" / "blueprint" / "personalize.json"] = dump(graph.api(info, prefix="1:"))

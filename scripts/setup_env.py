@@ -31,6 +31,7 @@ from comfyui_source import (
 
 # ComfyUI leaves these unpinned; this trio is one that fits together.
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
+RAY = "ray[client]==2.60.0"
 STAMP = "comfyui-moma.stamp"
 LOCAL = "127.0.0.1,localhost"
 PROBE = """
@@ -87,6 +88,21 @@ def ensure_venv(comfyui: Path, version: str, extras: Sequence[str] = ()) -> Path
     _install(installer, python, [*TORCH, "-r", str(requirements), *extras])
     run([python, "-c", "import torch"], f"All was installed, but {python} does not find it or cannot load it.")
     stamp_file.write_text(stamp, encoding="utf-8")
+    return python
+
+
+def ensure_ray() -> Path:
+    """The Python of an environment with Ray alone, as its users have it: ComfyUI's gets nothing of Ray's.
+
+    Raises:
+        SetupError: It cannot be made.
+    """
+    venv = cache_dir() / "venv-ray"
+    python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    stamp_file, stamp = venv / STAMP, _digest([RAY, sys.version])
+    if not (stamp_file.is_file() and stamp_file.read_text(encoding="utf-8") == stamp and _succeeds(python, "-c", "")):
+        _install(_make_venv(venv, python), python, [RAY])
+        stamp_file.write_text(stamp, encoding="utf-8")
     return python
 
 

@@ -28,6 +28,7 @@ class Place:
     def __init__(self, folder: Path) -> None:
         self.folder, self.out, self.log = folder, folder / "out", folder / "executed.jsonl"
         self.variables = {**os.environ, "FAKE_LOG": str(self.log), "FAKE_MARKS": str(folder)}
+        self.python = sys.executable
         self.servers: list[subprocess.Popen[bytes]] = []
         photo = (ROOT / "workbench" / "photo" / "photo.jpg").read_bytes()
         for name in ("photo.jpg", "other.jpg"):
@@ -40,7 +41,7 @@ class Place:
         return path
 
     def command(self, *words: str, own: int = 0) -> list[str]:
-        parts = [sys.executable, str(ROOT / "moma_batch"), *words, "--out", str(self.out)]
+        parts = [self.python, str(ROOT / "moma_batch"), *words, "--out", str(self.out)]
         return parts + (["--comfyui", str(FAKE), "--python", sys.executable, "--workers", str(own)] if own else [])
 
     def start(self, *words: str, own: int = 0) -> "subprocess.Popen[str]":
@@ -57,7 +58,11 @@ class Place:
     def do(self, *words: str, own: int = 0) -> tuple[int, str]:
         """Exit status and what was printed."""
         process = self.start(*words, own=own)
-        output, _ = process.communicate(timeout=SECONDS)
+        try:
+            output, _ = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            pytest.fail(f"it did not end within {SECONDS} s:\n{process.communicate()[0]}")
         return process.returncode, output
 
     def server(self, port: int = 0) -> tuple[str, "subprocess.Popen[bytes]"]:

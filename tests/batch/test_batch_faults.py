@@ -98,7 +98,7 @@ def test_kills_cost_no_row(place: Any, seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(6))
 def test_many_kills_cost_no_row(place: Any, seed: int) -> None:
     lost = kill_at_random(place, 200, 12, seed)
     assert_whole(place, 200)
@@ -204,6 +204,22 @@ def test_a_failed_encoding_fails_its_rows_and_no_others(place: Any) -> None:
     assert place.do("run", str(table), own=2)[0] == 1
     failed = {found["id"]: found["message"] for found in place.results() if found["status"] == "failed"}
     assert failed == dict.fromkeys("ab", "its encoding: the mask is empty")
+    status, output = place.do("retry", "r0")
+    assert status == 2 and "'r0' has not failed. Failed: a, b" in output
+    executed = len(place.executed())
+    assert "tries 1 again" in place.do("retry", "a")[1]
+    assert place.do("run", str(table), own=2)[0] == 1 and len(place.executed()) == executed + 1
+
+
+def test_a_row_is_tried_again_with_all_its_seeds_or_one(place: Any) -> None:
+    url, _ = place.server()
+    table = place.table([["bad", "photo.jpg", "cup", "raise", "1..3"], ["worse", "photo.jpg", "cup", "raise", "1"]])
+    words = ("run", str(table), "--one-phase", "--server", url)
+    assert place.do(*words)[0] == 1 and len(place.executed()) == 4
+    assert "tries 3 again" in place.do("retry", "bad")[1]
+    assert place.do(*words)[0] == 1 and place.executed()[4:] == ["bad_1", "bad_2", "bad_3"]
+    assert "tries 2 again" in place.do("retry", "bad_2", "worse")[1]
+    assert place.do(*words)[0] == 1 and place.executed()[7:] == ["bad_2", "worse"]
 
 
 def test_a_full_disk_stops_the_run_and_costs_no_row(place: Any, small_disk: Path) -> None:

@@ -28,7 +28,7 @@ PICTURE_NODES = {"SaveImage"}
 CLASSES = {
     "CheckpointLoaderSimple", "LoadImage", "LoadImageMask", "MoMALoadMLLM", "MoMALoadAdapter", "MoMAExtractSubject",
     "MoMATextEncode", "CLIPTextEncode", "MoMAApplyAdapter", "MoMASelfAttnShortcut", "EmptyLatentImage", "EmptyImage",
-    "KSampler", "VAEDecode", "SaveImage", "MoMASaveSubject", "MoMALoadSubject",
+    "KSampler", "VAEDecode", "SaveImage", "MoMASaveSubject", "MoMALoadSubject", "MoMALoadMini",
 }  # fmt: skip
 held: list[bytes] = []
 
@@ -87,6 +87,10 @@ class Fake:
             except NodeError as error:
                 node, kind, text = error.args
                 said = {"node_type": node, "exception_type": kind, "exception_message": text}
+                messages.append(["execution_error", said])
+                status = "error"
+            except OSError as error:  # as a node of ComfyUI that does not find its file
+                said = {"node_type": "", "exception_type": type(error).__name__, "exception_message": str(error)}
                 messages.append(["execution_error", said])
                 status = "error"
             with self.lock:
