@@ -11,7 +11,7 @@ from ..moma_modules.sampling.patching import settings_of
 from ..moma_modules.sampling.settings import Settings
 from ..moma_modules.subject.run_log import CAPACITY, MOST_RUNS, FoundRun
 from ..moma_modules.subject.subject import Subject
-from .types import CATEGORY, SEARCH_ALIASES, MomaSubject
+from .types import CATEGORY, MomaSubject
 
 PIXELS_PER_LATENT = 8
 
@@ -25,7 +25,7 @@ class SubjectMask(io.ComfyNode):
             node_id="MoMASubjectMask",
             display_name="MoMA Subject Mask",
             category=CATEGORY,
-            search_aliases=SEARCH_ALIASES,
+            search_aliases=["attention map", "attention mask", "heatmap", "where the subject is"],
             description="Shows where the model put the subject: the mask that MoMA found while the sampler ran, and "
             "how that mask formed.",
             inputs=[
