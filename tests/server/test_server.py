@@ -24,7 +24,6 @@ from workbench.random_weights import adapter_file, llava_folder, sd15_checkpoint
 pytestmark = pytest.mark.server
 SNAPSHOT = ROOT / "tests" / "data" / "object_info.json"
 FILE_LISTS = ("ckpt_name", "model_name", "adapter_name", "subject_name")
-MOMA_NODES = 17
 
 
 def api(name: str) -> Prompt:
@@ -105,7 +104,6 @@ def contract(info: dict[str, Any]) -> dict[str, Any]:
 def test_the_pack_loads_and_keeps_its_contract(bare: ComfyServer) -> None:
     """Set UPDATE_SNAPSHOT=1 to accept a changed contract; say so in the changelog."""
     found = contract(bare.object_info())
-    assert len(found) == MOMA_NODES
     assert "IMPORT FAILED" not in bare.log() and "Traceback" not in bare.log()
     if os.environ.get("UPDATE_SNAPSHOT"):
         SNAPSHOT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
