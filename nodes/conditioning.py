@@ -9,7 +9,7 @@ from ..moma_modules.prompt.choices import choose, fingerprint, has_choice
 from ..moma_modules.prompt.subject_tokens import PROMPT_TEMPLATE
 from ..moma_modules.prompt.text import EncodedPrompt, encode_prompt, mark_subject
 from ..moma_modules.subject.subject import Subject
-from .types import CATEGORY, SEARCH_ALIASES, MomaSubject
+from .types import CATEGORY, MomaSubject
 
 
 def prompt_input() -> io.Input:
@@ -32,7 +32,7 @@ class TextEncode(io.ComfyNode):
             node_id="MoMATextEncode",
             display_name="MoMA Text Encode",
             category=CATEGORY,
-            search_aliases=[*SEARCH_ALIASES, "prompt"],
+            search_aliases=["prompt", "subject prompt", "CLIP text encode"],
             description="Encodes 'photo of a {subject}. {prompt}', remembers where the subject is in it and shows it "
             "in brackets. Use it for the positive prompt; any text encoder will do for the negative one.",
             inputs=[
@@ -74,7 +74,7 @@ class MarkSubject(io.ComfyNode):
             node_id="MoMAMarkSubject",
             display_name="MoMA Mark Subject",
             category=CATEGORY,
-            search_aliases=[*SEARCH_ALIASES, "prompt", "two subjects"],
+            search_aliases=["two subjects", "several subjects", "subject in prompt"],
             description="Remembers where a subject is in a prompt that another node encoded: a second subject after "
             "MoMA Text Encode, or any subject after another text encoder. Chain it for more.",
             inputs=[

@@ -7,7 +7,7 @@ from ..moma_modules.host.folders import MODELS, new_model_path
 from ..moma_modules.host.messages import FileProgress
 from ..moma_modules.mllm.convert import PRECISIONS, convert_mllm
 from ..moma_modules.mllm.loading import mllm_choices, mllm_path
-from .types import CATEGORY, SEARCH_ALIASES
+from .types import CATEGORY
 
 
 class ConvertMllm(io.ComfyNode):
@@ -19,7 +19,7 @@ class ConvertMllm(io.ComfyNode):
             node_id="MoMAConvertMLLM",
             display_name="Convert MoMA MLLM",
             category=CATEGORY,
-            search_aliases=SEARCH_ALIASES,
+            search_aliases=["quantize", "fp8", "int8", "convert LLaVA"],
             description="Writes an MLLM to one .safetensors file in models/moma, for Load MoMA MLLM. In 8 bit it takes "
             "half the disk and memory. The source is kept.",
             inputs=[

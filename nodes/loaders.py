@@ -10,7 +10,7 @@ from ..moma_modules.host.messages import show_text
 from ..moma_modules.mllm.checkpoint_files import checkpoint_files
 from ..moma_modules.mllm.loading import download_mllm, load_mllm, mllm_choices, mllm_path
 from ..moma_modules.mllm.precision import PRECISIONS
-from .types import CATEGORY, SEARCH_ALIASES, MomaAdapter, MomaMllm
+from .types import CATEGORY, MomaAdapter, MomaMllm
 
 
 def _download_input(files: str) -> io.Boolean.Input:
@@ -61,7 +61,7 @@ class LoadMllm(io.ComfyNode):
             node_id="MoMALoadMLLM",
             display_name="Load MoMA MLLM",
             category=CATEGORY,
-            search_aliases=SEARCH_ALIASES,
+            search_aliases=["LLaVA", "VLM", "vision language model"],
             description="Loads the multimodal language model (MoMA's LLaVA-1.5 7B) that looks at the reference. "
             "It is needed only to extract subjects; saved subjects work without it. Its weights are read when the "
             "first extraction needs them.",
@@ -107,7 +107,7 @@ class LoadAdapter(io.ComfyNode):
             node_id="MoMALoadAdapter",
             display_name="Load MoMA Adapter",
             category=CATEGORY,
-            search_aliases=SEARCH_ALIASES,
+            search_aliases=["model of IPAdapter", "adapter loader"],
             description="Loads attn_adapters_projectors.th (or its .safetensors form): the small networks that connect "
             "the subject to an SD1.5 model.",
             inputs=[
@@ -156,7 +156,7 @@ class LoadBoth(io.ComfyNode):
             node_id="MoMALoad",
             display_name="Load MoMA",
             category=CATEGORY,
-            search_aliases=[*SEARCH_ALIASES, "loader"],
+            search_aliases=["loader (IPAdapter)", "loader (LLaVA)", "unified loader"],
             description="Loads both files of MoMA for Extract Subject Features: the language model and the adapter, as "
             "Load MoMA MLLM and Load MoMA Adapter do. The subject takes the adapter along to Apply MoMA Subject.",
             inputs=[*_mllm_inputs(), _adapter_input(), _download_input(f"both ({MLLM_SIZE} and {ADAPTER_SIZE})")],

@@ -11,7 +11,7 @@ from ..moma_modules.sampling.patching import settings_of
 from ..moma_modules.sampling.settings import Settings
 from ..moma_modules.subject.run_log import CAPACITY, MOST_RUNS, FoundRun
 from ..moma_modules.subject.subject import Subject
-from .types import CATEGORY, SEARCH_ALIASES, MomaSubject
+from .types import CATEGORY, MomaSubject
 
 PIXELS_PER_LATENT = 8
 
@@ -25,7 +25,7 @@ class SubjectMask(io.ComfyNode):
             node_id="MoMASubjectMask",
             display_name="MoMA Subject Mask",
             category=CATEGORY,
-            search_aliases=SEARCH_ALIASES,
+            search_aliases=["attention map", "attention mask", "heatmap", "where the subject is"],
             description="Shows where the model put the subject: the mask that MoMA found while the sampler ran, and "
             "how that mask formed.",
             inputs=[
@@ -51,7 +51,11 @@ class SubjectMask(io.ComfyNode):
     def execute(cls, model: Any, latent: dict[str, Any], subject: Subject | None = None) -> io.NodeOutput:
         settings = settings_of(model)
         if settings is None:
-            raise ValueError("model has no MoMA on it: connect the MODEL that Apply MoMA Adapter or Shortcut gave.")
+            raise ValueError(
+                "model has no MoMA on it: the nodes that put it there are bypassed or muted, or it is another MODEL. "
+                "Turn on Apply MoMA Subject, Apply MoMA Adapter or Self-Attn Shortcut and connect its MODEL; to run "
+                "without MoMA, bypass MoMA Subject Mask too."
+            )
         run = _find(settings, latent["samples"])
         if subject is not None and subject.key not in run.masks:
             if any(entry.subject.key == subject.key for entry in settings.subjects):
@@ -59,7 +63,11 @@ class SubjectMask(io.ComfyNode):
                     f"subject {subject.word!r} was not in the run that made this latent: connect the LATENT of a "
                     "sampler that ran with it."
                 )
-            raise ValueError(f"subject {subject.word!r} is not one of the subjects of this model.")
+            raise ValueError(
+                f"subject {subject.word!r} is not one of the subjects of this model: the nodes that put it there are "
+                "bypassed or muted, or it is another MODEL. Turn them on, or leave `subject` unconnected for the mask "
+                "of all subjects there are."
+            )
         keys = list(run.masks) if subject is None else [subject.key]
         mask = _joined(run.masks, keys)
         picture = interpolate(mask[:, None], scale_factor=PIXELS_PER_LATENT, mode="bilinear")[:, 0]

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..moma_modules.host.folders import embedding_folders
 from ..moma_modules.mini.checkpoint import load_mini_checkpoint
 from ..moma_modules.mini.choices import example_names, load_example, mini_names, mini_path
-from .types import CATEGORY, SEARCH_ALIASES
+from .types import CATEGORY
 
 
 class LoadMini(io.ComfyNode):
@@ -17,7 +17,7 @@ class LoadMini(io.ComfyNode):
             node_id="MoMALoadMini",
             display_name="Load MoMA Mini Checkpoint",
             category=CATEGORY,
-            search_aliases=[*SEARCH_ALIASES, "try", "example", "small"],
+            search_aliases=["try", "example", "demo", "small"],
             description="Loads the small model that comes with this pack, to try MoMA without a download: it draws "
             "painted cups, cars, houses, robots, boats, fish, bags and hats, 128x128, in seconds on a CPU. Its "
             "language model and adapter are moma_mini_llava and moma_mini_adapter in Load MoMA.",

@@ -16,7 +16,7 @@ from ..moma_modules.sampling.unet import check_model
 from ..moma_modules.sampling.wrappers import patched
 from ..moma_modules.subject.subject import Subject
 from .conditioning import TextEncode, prompt_input
-from .types import CATEGORY, SEARCH_ALIASES, MomaAdapter, MomaSubject
+from .types import CATEGORY, MomaAdapter, MomaSubject
 
 SHORTCUT_START = 0.05
 """MoMA leaves out so much of the noise schedule."""
@@ -121,7 +121,7 @@ class ApplyAdapter(io.ComfyNode):
             node_id="MoMAApplyAdapter",
             display_name="Apply MoMA Adapter",
             category=CATEGORY,
-            search_aliases=SEARCH_ALIASES,
+            search_aliases=["apply IPAdapter", "subject weight", "cross attention", "region mask"],
             description="Lets the model see the subject's features (decoupled cross-attention). It carries what the "
             "subject is; Self-Attn Shortcut carries its details.",
             inputs=[
@@ -171,7 +171,7 @@ class SelfAttnShortcut(io.ComfyNode):
             node_id="MoMASelfAttnShortcut",
             display_name="Self-Attn Shortcut",
             category=CATEGORY,
-            search_aliases=SEARCH_ALIASES,
+            search_aliases=["MoMA", "self attention", "reference only", "subject details", "style strength", "texture"],
             description="Carries the subject's details: the model also attends to the reference picture itself, looked "
             "at once at the start of each run.",
             inputs=[
@@ -229,7 +229,15 @@ class ApplySubject(io.ComfyNode):
             node_id="MoMAApplySubject",
             display_name="Apply MoMA Subject",
             category=CATEGORY,
-            search_aliases=[*SEARCH_ALIASES, "prompt"],
+            search_aliases=[
+                "IPAdapter",
+                "image prompt",
+                "personalize",
+                "identity",
+                "consistent character",
+                "keep character",
+                "subject prompt",
+            ],
             description="One subject and one prompt in one node: what MoMA Text Encode, Apply MoMA Adapter and "
             "Self-Attn Shortcut do with their default settings. Use those for more subjects in one prompt, ranges of "
             "the noise schedule, or only one of the parts.",

@@ -10,7 +10,7 @@ from comfy_execution.utils import get_executing_context
 from ..moma_modules.host.pictures import contact_sheet, picture, rgb
 from ..moma_modules.sampling.study import Study, parse_study
 from .samplers import sampling_inputs
-from .types import CATEGORY, KEEPS_PREVIEW, SEARCH_ALIASES, MomaAdapter, MomaSubject
+from .types import CATEGORY, KEEPS_PREVIEW, MomaAdapter, MomaSubject
 
 MOST_PICTURES = 36
 
@@ -28,7 +28,7 @@ class StrengthStudy(io.ComfyNode):
             node_id="MoMAStrengthStudy",
             display_name="MoMA Strength Study",
             category=CATEGORY,
-            search_aliases=[*SEARCH_ALIASES, "XY plot", "grid", "compare"],
+            search_aliases=["XY plot", "strength sweep", "compare strengths"],
             description="One labelled sheet over the shortcut's strength and the adapter's weight, all with the same "
             "seed. It stands for Apply MoMA Adapter, Self-Attn Shortcut, KSampler and VAE Decode, once per picture.",
             inputs=[
@@ -200,7 +200,7 @@ class ContactSheet(io.ComfyNode):
             node_id="MoMAContactSheet",
             display_name="MoMA Contact Sheet",
             category=CATEGORY,
-            search_aliases=[*SEARCH_ALIASES, "XY plot", "grid", "compare"],
+            search_aliases=["image grid", "grid", "labels", "collage"],
             description="Puts pictures on one labelled sheet, row by row. MoMA Strength Study uses it; it takes any "
             "pictures.",
             inputs=[

@@ -29,7 +29,7 @@ from ..moma_modules.subject.file import (
 from ..moma_modules.subject.reference_image import FITS, prepare_references
 from ..moma_modules.subject.reference_mask import DEFAULT_THRESHOLD
 from ..moma_modules.subject.subject import Subject, combine_subjects
-from .types import CATEGORY, KEEPS_PREVIEW, SEARCH_ALIASES, MomaAdapter, MomaMllm, MomaSubject
+from .types import CATEGORY, KEEPS_PREVIEW, MomaAdapter, MomaMllm, MomaSubject
 
 
 class ExtractSubject(io.ComfyNode):
@@ -41,7 +41,14 @@ class ExtractSubject(io.ComfyNode):
             node_id="MoMAExtractSubject",
             display_name="Extract Subject Features",
             category=CATEGORY,
-            search_aliases=SEARCH_ALIASES,
+            search_aliases=[
+                "MoMA",
+                "reference image",
+                "image to subject",
+                "encode reference",
+                "subject encode",
+                "LLaVA prompt",
+            ],
             description="Looks at the subject in the reference picture, with the word for it and the prompt in mind. "
             "The result depends on no seed or sampler: change those and this node does not run again. Its preview "
             "shows the mask on the picture, and what the language model sees: the subject on white.",
@@ -168,7 +175,7 @@ class CombineSubjects(io.ComfyNode):
             node_id="MoMACombineSubjects",
             display_name="Combine MoMA Subjects",
             category=CATEGORY,
-            search_aliases=SEARCH_ALIASES,
+            search_aliases=["multiple reference images", "several pictures", "merge subjects", "average"],
             description="Makes one subject from several pictures of the same thing: the features are averaged, and the "
             "shortcut looks at all pictures. Chain it for more than two.",
             inputs=[
@@ -192,7 +199,7 @@ class SaveSubject(io.ComfyNode):
             node_id="MoMASaveSubject",
             display_name="Save MoMA Subject",
             category=CATEGORY,
-            search_aliases=SEARCH_ALIASES,
+            search_aliases=["export subject", "save embeds", "save character"],
             description="Saves a subject as one .safetensors file in output/moma_subjects. Load MoMA Subject brings it "
             "back without the MLLM.",
             inputs=[
@@ -240,7 +247,7 @@ class LoadSubject(io.ComfyNode):
             node_id="MoMALoadSubject",
             display_name="Load MoMA Subject",
             category=CATEGORY,
-            search_aliases=SEARCH_ALIASES,
+            search_aliases=["saved subject", "load embeds", "import subject"],
             description="Loads a saved subject. No MLLM is needed.",
             inputs=[
                 io.Combo.Input(

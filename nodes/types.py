@@ -10,7 +10,6 @@ MomaAdapter = io.Custom("MOMA_ADAPTER")
 MomaSubject = io.Custom("MOMA_SUBJECT")
 
 CATEGORY = "MoMA"
-SEARCH_ALIASES = ["personalize", "subject", "reference", "IPAdapter", "LLaVA", "MoMA"]
 
 _FLAG = "has_intermediate_output"
 # Newer than the oldest ComfyUI that the pack supports, where the preview is lost when the page is loaded again.

@@ -81,6 +81,15 @@ class Editor:
         self.page.mouse.click(WINDOW["width"] // 3, WINDOW["height"] // 3)
         self.page.wait_for_function("() => window.app.graph.nodes.length", timeout=WAIT)
 
+    def search(self, text: str) -> list[str]:
+        """What the editor's search lists for a text, in its order: ids of nodes, titles of blueprints."""
+        script = """text => {
+            const stores = document.querySelector('#vue-app').__vue_app__.config.globalProperties.$pinia._s
+            const found = stores.get('nodeDef').nodeSearchService.searchNode(text, [], {limit: 64})
+            return found.map(node => node.name.startsWith('SubgraphBlueprint.') ? node.display_name : node.name)
+        }"""
+        return list(self.page.evaluate(script, text))
+
     def close_dialogs(self) -> None:
         """Close whatever lies over the graph."""
         for _ in range(3):

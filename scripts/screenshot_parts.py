@@ -14,6 +14,7 @@ import numpy as np
 from browser import SETTINGS, WINDOW, Editor, open_browser, open_editor
 from comfyui_source import ROOT, cache_dir
 from PIL import Image
+from shown import note
 from thumbnails import TITLES, take_thumbnails
 
 from workbench.small_world import shown_in_small_world
@@ -68,6 +69,7 @@ def _shrink(target: Path, width: int) -> None:
     if image.width > width:
         image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
     image.save(target, optimize=True)
+    note(target)
     print(f"Wrote {target.relative_to(ROOT)}, {target.stat().st_size // 1024} kB", flush=True)
 
 
@@ -170,6 +172,7 @@ def artwork(editor: Editor) -> None:
         page.set_content(f"<style>body {{ margin: 0 }} svg {{ display: block }}</style>{drawing.read_text('utf-8')}")
         target = DOCS / f"{drawing.stem}.png"
         page.locator("svg").screenshot(path=target, omit_background=True)
+        note(target)
         print(f"Wrote {target.relative_to(ROOT)}", flush=True)
     page.close()
 

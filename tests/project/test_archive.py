@@ -22,7 +22,7 @@ INSTALLED_AS = "moma"
 """The folder that the Manager installs into: the project's name."""
 FOLDERS = ("locales", "moma_batch", "moma_modules", "nodes", "subgraphs", "web", "workflows", "weights")
 FILES = ("CHANGELOG.md", "LICENSE", "README.md", "__init__.py", "pyproject.toml")
-HEADLESS = ("docs/api.md", "tests/api/")
+HEADLESS = ("docs/api.md", "docs/headless.md", "tests/api/")
 """Of folders for developers what serves those who run it without the editor."""
 FOR_DEVELOPERS = ("benchmarks", "docs", "scripts", "tests", "training", "workbench")
 HIDDEN = (".ci", ".comfyignore", ".github", ".gitignore", "CONTRIBUTING.md")

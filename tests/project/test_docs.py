@@ -1,11 +1,14 @@
 """What the documentation names exists."""
 
 import ast
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from shown import noted, sources
 
 from workbench import ROOT
 
@@ -14,6 +17,8 @@ pytestmark = pytest.mark.newest
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", *(ROOT / "web" / "docs").rglob("*.md")])
 PYPROJECT = ROOT / "pyproject.toml"
 LONGEST_EXECUTE = 60
+BEHIND = [f"docs/images/{name}.png" for name in ("preview_extract", "preview_live", "strength_study_result")]
+"""Pictures that are known to be older than their nodes: of `previews` and `study`, which sample for minutes."""
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -40,9 +45,46 @@ def test_the_architecture_names_every_module_that_matters() -> None:
 
 def test_pictures_are_small_and_used() -> None:
     texts = "".join(page.read_text(encoding="utf-8") for page in [*PAGES, PYPROJECT])
-    for path in [*(ROOT / "docs" / "images").iterdir(), *(ROOT / "web" / "docs" / "images").iterdir()]:
+    for path in [*(ROOT / "docs" / "images").glob("*.png"), *(ROOT / "web" / "docs" / "images").iterdir()]:
         assert path.stat().st_size < 400_000, path.name
         assert path.name in texts, f"no page shows {path.name}"
+
+
+def test_pictures_show_what_there_is_now() -> None:
+    """A workflow, node, help page or drawing that changed wants its picture anew."""
+    made = noted()
+    stale = sorted(name for name, digest in sources().items() if made.get(name) != digest)
+    assert stale == BEHIND, f"made of something else than there is now; `python3 scripts/screenshots.py PART`: {stale}"
+    assert all((ROOT / name).is_file() for name in made)
+
+
+def test_a_changed_node_makes_its_picture_stale(tmp_path: Path) -> None:
+    """And no other; the metadata of a workflow makes none."""
+    for name in ("workflows", "subgraphs", "tests/data", "scripts/artwork", "web/docs"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.jpg", "images", "golden", "mllm")
+        )
+    before = sources(tmp_path)
+    assert before == sources()
+    workflow, contract = tmp_path / "workflows" / "simple.json", tmp_path / "tests" / "data" / "object_info.json"
+    content = json.loads(workflow.read_text("utf-8"))
+    workflow.write_text(json.dumps({**content, "extra": {}}), encoding="utf-8")
+    assert sources(tmp_path) == before
+    content["nodes"][0]["pos"][0] += 10
+    workflow.write_text(json.dumps(content), encoding="utf-8")
+    nodes = json.loads(contract.read_text("utf-8"))
+    nodes["MoMASaveSubject"]["display_name"] = "Keep MoMA Subject"
+    contract.write_text(json.dumps(nodes), encoding="utf-8")
+    after = sources(tmp_path)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"docs/images/simple.png", "web/docs/images/MoMASaveSubject.png"}
+
+
+def test_readme_says_what_each_template_shows() -> None:
+    """The editor shows of a pack's templates the file's name and its picture, and no more."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Workflows\n")[1].split("\n## ")[0]
+    listed = re.findall(r"(?m)^\| \[(\w+)\]\(docs/images/\1\.png\) \| \S", text)
+    assert sorted(listed) == sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 
 
 def test_the_registry_gets_an_icon_and_a_banner() -> None:

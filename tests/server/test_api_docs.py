@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socket import SHUT_RDWR
 from threading import Thread
 
 import numpy as np
@@ -109,11 +110,13 @@ def test_errors_before_it_runs_are_the_nodes_own_words(server: ComfyServer, fold
 class Forgetful(BaseHTTPRequestHandler):
     """A server that was restarted while the prompt ran."""
 
+    busy = False
+
     def do_POST(self) -> None:
         self._answer({"name": "photo.png", "prompt_id": "a-prompt"})
 
     def do_GET(self) -> None:
-        self._answer({"queue_running": []} if self.path == "/queue" else {})
+        self._answer({"queue_running": ["a-prompt"] if self.busy else []} if self.path == "/queue" else {})
 
     def log_message(self, *_: object) -> None:
         """Keep quiet."""
@@ -125,11 +128,35 @@ class Forgetful(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(content).encode())
 
 
-def test_waiting_ends_when_the_server_has_forgotten_the_prompt(folder: Path) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Forgetful) as forgetful:
-        Thread(target=forgetful.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{forgetful.server_port}"
+class Dying(Forgetful):
+    """A server that works on the prompt, and breaks every connection after it has been asked twice."""
+
+    busy, asked = True, 0
+
+    def do_GET(self) -> None:
+        Dying.asked += 1
+        if Dying.asked > 2:
+            self.connection.shutdown(SHUT_RDWR)
+        else:
+            super().do_GET()
+
+
+def ask(folder: Path, handler: type[Forgetful]) -> subprocess.CompletedProcess[str]:
+    """Run the page's program against such a server."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
         command = [sys.executable, "personalize.py", "photo.png", "cup", "A cup.", "none.png", "--server", address]
         ran = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", check=False)
-        forgetful.shutdown()
+        server.shutdown()
+    return ran
+
+
+def test_waiting_ends_when_the_server_dies(folder: Path) -> None:
+    ran = ask(folder, Dying)
+    assert ran.returncode == 1 and re.match(r"http://127\.0\.0\.1:\d+ does not answer: ", ran.stderr), ran.stderr
+
+
+def test_waiting_ends_when_the_server_has_forgotten_the_prompt(folder: Path) -> None:
+    ran = ask(folder, Forgetful)
     assert ran.returncode == 1 and ran.stderr.startswith("The server no longer knows the prompt"), ran.stderr

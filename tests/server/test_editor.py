@@ -20,6 +20,10 @@ SUBJECT = "cup_00001_.safetensors"
 SAVED = "new_context_00001_.png"
 RUNS, NEVER_RUNS = 0, 2
 """Modes of a node."""
+TERMS = ("model", "positive", "negative", "latent_image", "seed", "steps", "sampler_name", "scheduler", "denoise")
+"""What the pack names as ComfyUI's own sampler does, in every language."""
+LOCALIZED = """kind => Object.fromEntries(
+    LiteGraph.createNode(kind).inputs.map(input => [input.name, input.localized_name ?? input.name]))"""
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +182,8 @@ def test_the_editor_speaks_the_users_language(server: ComfyServer, browser: Any,
             texts = json.loads((ROOT / "locales" / locale / "nodeDefs.json").read_text(encoding="utf-8"))
             assert names[0] == texts["MoMAExtractSubject"]["display_name"]
             assert {text["name"] for text in texts["MoMAExtractSubject"]["inputs"].values()} <= set(names)
+            ours, theirs = (editor.page.evaluate(LOCALIZED, kind) for kind in ("MoMAStrengthStudy", "KSampler"))
+            assert {name: ours[name] for name in TERMS} == {name: theirs[name] for name in TERMS}
             editor.load(workflow("new_context"), "help")
             editor.open_help("MoMASelfAttnShortcut")
             page = (ROOT / "web" / "docs" / "MoMASelfAttnShortcut" / f"{locale}.md").read_text(encoding="utf-8")
