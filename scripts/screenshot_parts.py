@@ -228,10 +228,11 @@ def take_all(comfyui: Path, chosen: list[str]) -> None:
             for name in LISTED:
                 (server.base / "models" / name).parent.mkdir(exist_ok=True)
                 (server.base / "models" / name).touch()
-            save_cup(server.output / "moma_subjects")
             server.post("/settings", SETTINGS)
             if not chosen or THUMBNAILS in chosen:
-                take_thumbnails(server)
+                take_thumbnails(server)  # These save a subject of that name.
+            else:
+                save_cup(server.output / "moma_subjects")
             with open_browser() as browser, open_editor(browser, server.address) as editor:
                 for name in chosen or PARTS:
                     if name != THUMBNAILS:

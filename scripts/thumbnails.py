@@ -15,11 +15,11 @@ TITLES = {
     "new_texture": "New texture",
     "prompts": "Many prompts for a saved subject",
     "from_subject": "From a saved subject, without the language model",
-    "hires_fix": "Second pass at twice the size",
     "strength_study": "Strength study",
     "try_it": "Try it: nothing to download",
 }
-"""In the order in which they are run: the first saves the subject that others load."""
+"""In the order in which they are run: the first saves the subject that others load. hires_fix is not among them: the small
+world draws in one size."""
 
 _GROUND, _INK, _EDGE, _LINE = (24, 24, 24), (230, 230, 230), 16, 26
 
@@ -37,7 +37,9 @@ def take_thumbnails(server: Any) -> None:
         saved = [node for node, content in prompt.items() if content["class_type"] == "SaveImage"]
         drawn = [Image.open(io.BytesIO(server.view(run.files(node)[0]))).convert("RGB") for node in saved]
         words = [_asked(prompt, node) or PROMPTS["A cup on a beach at sunset."] for node in saved]
-        _write(ROOT / "workflows" / f"{name}.jpg", title, [("The subject", example), *zip(words, drawn, strict=True)])
+        parts = list(zip(words, drawn, strict=True))
+        whole = name == "strength_study"  # A sheet, which wants all the place there is.
+        _write(ROOT / "workflows" / f"{name}.jpg", title, parts if whole else [("The subject", example), *parts])
 
 
 def _asked(prompt: dict[str, Any], node: str) -> str:

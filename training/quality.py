@@ -6,6 +6,7 @@ read the pictures (`probe.py`).
 
 import argparse
 import json
+import logging
 import os
 import random
 import sys
@@ -89,6 +90,7 @@ def main() -> None:
     from comfyui_moma.training.vae import save_sheet
     from comfyui_moma.training.world import MATERIALS, PLACES
 
+    logging.getLogger("comfyui_moma").setLevel(logging.ERROR)  # It warns where there is no mask, which is meant here.
     torch.set_num_threads(options.threads)
     began = time.monotonic()
     world = SmallWorld(options.files, load(), measured_subjects(options.subjects), options.seeds)

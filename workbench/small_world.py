@@ -30,12 +30,13 @@ _FILES = {
 def in_small_world(prompt: dict[str, Any], steps: int = STEPS, photo: bool = False) -> dict[str, Any]:
     """An API prompt; its pictures are the example that Load MoMA Mini Checkpoint gives, or still from Load Image."""
     changed = copy.deepcopy(prompt)
-    (mini,) = [name for name, node in changed.items() if node["class_type"] == "CheckpointLoaderSimple"]
-    changed[mini] |= {
-        "class_type": "MoMALoadMini",
-        "inputs": {"ckpt_name": CHECKPOINT, "example": EXAMPLE},
-        "_meta": {"title": "Load MoMA Mini Checkpoint"},
-    }
+    mini = next((name for name, node in changed.items() if node["class_type"] == "CheckpointLoaderSimple"), None)
+    if mini is not None:
+        changed[mini] |= {
+            "class_type": "MoMALoadMini",
+            "inputs": {"ckpt_name": CHECKPOINT, "example": EXAMPLE},
+            "_meta": {"title": "Load MoMA Mini Checkpoint"},
+        }
     photos = [name for name, node in changed.items() if node["class_type"] == "LoadImage" and not photo]
     for node in changed.values():
         inputs = node["inputs"]

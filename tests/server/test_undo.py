@@ -6,25 +6,19 @@ from typing import Any
 
 import pytest
 from browser import SETTINGS, Editor, open_browser, open_editor
-from workflow_files import NAMES, workflow
+from workflow_files import NAMES, api, workflow
 
 from workbench import ROOT
 from workbench.bootstrap import comfyui_path
 from workbench.comfy_server import ComfyServer, ExecutionFailedError, Prompt, PromptRefusedError
+from workbench.small_world import in_small_world
 
 pytestmark = [pytest.mark.server, pytest.mark.browser, pytest.mark.slow]
 MUTED, BYPASSED = 2, 4
 """Modes of a node."""
-SMALL_WORLD = {
-    "CheckpointLoaderSimple": ("MoMALoadMini", {"ckpt_name": "moma_mini.safetensors", "example": "striped cup"}),
-    "MoMALoadMLLM": ("MoMALoadMLLM", {"model_name": "moma_mini_llava"}),
-    "MoMALoadAdapter": ("MoMALoadAdapter", {"adapter_name": "moma_mini_adapter.safetensors"}),
-    "MoMALoad": ("MoMALoad", {"model_name": "moma_mini_llava", "adapter_name": "moma_mini_adapter.safetensors"}),
-    "MoMALoadSubject": ("MoMALoadSubject", {"subject_name": "cup_00001_.safetensors"}),
-}
-"""What runs in seconds instead of the files that the workflows name: nodes with the same outputs in the same places."""
 PASSED_BY = {"ControlNetApplyAdvanced": {0: "positive", 1: "negative"}, "LoraLoader": {0: "model", 1: "clip"}}
 """Nodes whose files the small world has not, and what each output then is."""
+LOADERS = ("ControlNetLoader", "LoadBackgroundRemovalModel")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +27,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     with ComfyServer(comfyui_path(), tmp_path_factory.mktemp("server")) as started:
         started.add_input(ROOT / "workbench" / "photo" / "photo_masked.png")
         started.post("/settings", SETTINGS)
-        saving = in_the_small_world(json.loads((ROOT / "tests" / "api" / "new_context.json").read_text("utf-8")))
+        saving = runnable(api("new_context"))
         started.run(saving)
         yield started
 
@@ -44,32 +38,23 @@ def editor(server: ComfyServer) -> Iterator[Editor]:
         yield opened
 
 
-def in_the_small_world(prompt: Prompt) -> Prompt:
-    """The same graph with models that come with the pack, in one step."""
-    gone = {name: node for name, node in prompt.items() if node["class_type"] in PASSED_BY}
-    made: Prompt = {}
-    for name, node in prompt.items():
-        if node["class_type"] in (*PASSED_BY, "ControlNetLoader"):
-            continue
-        kind, own = SMALL_WORLD.get(node["class_type"], (node["class_type"], {}))
-        inputs = {} if node["class_type"] == "CheckpointLoaderSimple" else dict(node["inputs"])
-        for key, value in inputs.items():
+def runnable(prompt: Prompt) -> Prompt:
+    """The same graph in the small world and in one step, without the nodes whose files that has not."""
+    changed = in_small_world(prompt, steps=1, photo=True)
+    gone = {name: node for name, node in changed.items() if node["class_type"] in PASSED_BY}
+    for node in changed.values():
+        inputs = node["inputs"]
+        for key, value in list(inputs.items()):
             while isinstance(value, list) and value[0] in gone:
                 by = gone[value[0]]
                 value = by["inputs"].get(PASSED_BY[by["class_type"]][value[1]])
             inputs[key] = value
-        inputs = {key: value for key, value in inputs.items() if value is not None} | own
-        if kind == "RemoveBackground":
-            kind, inputs = "LoadImageMask", {"image": "photo_masked.png", "channel": "alpha"}
-        elif kind == "LoadImage":
-            inputs = {"image": "photo_masked.png"}
-        elif kind == "EmptyLatentImage":
-            inputs |= {"width": 128, "height": 128}
-        elif "steps" in inputs:
-            inputs["steps"] = 1
-        if kind != "LoadBackgroundRemovalModel":
-            made[name] = {"class_type": kind, "inputs": inputs}
-    return made
+        node["inputs"] = {key: value for key, value in inputs.items() if value is not None}
+        if node["class_type"] == "RemoveBackground":
+            node |= {"class_type": "LoadImageMask", "inputs": {"image": "photo_masked.png", "channel": "alpha"}}
+        elif node["class_type"] == "LoadImage":
+            node["inputs"] = {"image": "photo_masked.png"}
+    return {name: node for name, node in changed.items() if node["class_type"] not in (*PASSED_BY, *LOADERS)}
 
 
 def as_queued(editor: Editor, name: str) -> dict[str, Prompt]:
@@ -123,7 +108,7 @@ def test_a_workflow_with_a_node_off_runs_or_says_what_is_missing(server: ComfySe
     ended: dict[str, tuple[str, str]] = {}
     for name in NAMES:
         for label, prompt in as_queued(editor, name).items():
-            small = in_the_small_world(prompt)
+            small = runnable(prompt)
             if shape(small) not in ended:
                 ended[shape(small)] = f"{name}: {label}", ending(server, small)
     said = dict(ended.values())
