@@ -18,8 +18,9 @@ TITLES = {
     "strength_study": "Strength study",
     "try_it": "Try it: nothing to download",
 }
-"""In the order in which they are run: the first saves the subject that others load. hires_fix is not among them: the small
-world draws in one size."""
+"""In the order in which they are run: the first saves the subject that others load. hires_fix is not among them: the
+small world draws in one size.
+"""
 
 _GROUND, _INK, _EDGE, _LINE = (24, 24, 24), (230, 230, 230), 16, 26
 
