@@ -26,6 +26,9 @@ _FILES = {
     "MoMALoadAdapter": {"adapter_name": ADAPTER},
 }
 
+_TALLER = 70
+"""Pixels by which Load MoMA Mini Checkpoint is taller than Load Checkpoint."""
+
 
 def in_small_world(prompt: dict[str, Any], steps: int = STEPS, photo: bool = False) -> dict[str, Any]:
     """An API prompt; its pictures are the example that Load MoMA Mini Checkpoint gives, or still from Load Image."""
@@ -59,11 +62,12 @@ def shown_in_small_world(workflow: dict[str, Any], steps: int = STEPS) -> dict[s
     for node in changed["nodes"]:
         values = node.get("widgets_values", [])
         if node["type"] == "CheckpointLoaderSimple":
-            node |= {"type": "MoMALoadMini", "widgets_values": [CHECKPOINT, EXAMPLE]}
+            node["type"], values = "MoMALoadMini", [CHECKPOINT, EXAMPLE]
             node["properties"] = {"Node name for S&R": "MoMALoadMini"}
             extra = [{"name": name.lower(), "type": name, "links": None} for name in ("IMAGE", "MASK")]
             node["outputs"] = [*node["outputs"], *extra]
-            node["size"] = [node["size"][0], max(node["size"][1], 170)]
+            (x, y), (width, height) = node["pos"], node["size"]
+            node["pos"], node["size"] = [x, y - _TALLER], [width, height + _TALLER]
         elif node["type"] in _FILES:
             values[:1] = [MLLM if "model_name" in _FILES[node["type"]] else ADAPTER]
             if node["type"] == "MoMALoad":

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from workflow_files import NAMES, api, workflow
 
-from workbench.small_world import PROMPTS, in_small_world, shown_in_small_world
+from workbench.small_world import CHECKPOINT, EXAMPLE, PROMPTS, in_small_world, shown_in_small_world
 
 pytestmark = pytest.mark.newest
 RUNNABLE = sorted(set(NAMES) - {"try_it"})
@@ -39,8 +39,9 @@ def test_a_workflow_keeps_its_links(name: str) -> None:
     content = workflow(name)
     changed = shown_in_small_world(content)
     assert changed["links"] == content["links"] and content == workflow(name)
-    types = {node["type"] for node in changed["nodes"]}
-    assert "MoMALoadMini" in types and "CheckpointLoaderSimple" not in types
+    (mini,) = [node for node in changed["nodes"] if node["type"] == "MoMALoadMini"]
+    assert mini["widgets_values"] == [CHECKPOINT, EXAMPLE]
+    assert not any(node["type"] == "CheckpointLoaderSimple" for node in changed["nodes"])
     assert "MoMA_llava_7b" not in str(
         [node.get("widgets_values") for node in changed["nodes"] if node["type"] != "MarkdownNote"]
     )
