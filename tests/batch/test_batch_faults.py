@@ -217,9 +217,9 @@ def test_a_row_is_tried_again_with_all_its_seeds_or_one(place: Any) -> None:
     words = ("run", str(table), "--one-phase", "--server", url)
     assert place.do(*words)[0] == 1 and len(place.executed()) == 4
     assert "tries 3 again" in place.do("retry", "bad")[1]
-    assert place.do(*words)[0] == 1 and place.executed()[4:] == ["bad_1", "bad_2", "bad_3"]
+    assert place.do(*words)[0] == 1 and sorted(place.executed()[4:]) == ["bad_1", "bad_2", "bad_3"]
     assert "tries 2 again" in place.do("retry", "bad_2", "worse")[1]
-    assert place.do(*words)[0] == 1 and place.executed()[7:] == ["bad_2", "worse"]
+    assert place.do(*words)[0] == 1 and sorted(place.executed()[7:]) == ["bad_2", "worse"]
 
 
 def test_a_full_disk_stops_the_run_and_costs_no_row(place: Any, small_disk: Path) -> None:
