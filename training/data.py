@@ -35,6 +35,11 @@ def to_tensor(picture: np.ndarray[Any, Any]) -> Tensor:
     return torch.from_numpy(picture.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
+def latent_mask(mask: np.ndarray[Any, Any]) -> Tensor:
+    """A mask [128, 128] at the latents' size [16, 16]: the share of each place that the subject covers."""
+    return torch.nn.functional.avg_pool2d(torch.from_numpy(mask).float()[None], 8)[0]
+
+
 class Pictures(IterableDataset[Tensor]):
     """Pictures [3, H, W] in -1..1 from number `start` on, without end."""
 

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from workbench.tiny_models import unet_config
 
-from .data import caption_of
+from .data import caption_of, latent_mask, scene_of
 from .latents import Latents
+from .localised import WordAttention, word_places
 from .loop import Plan, Start, Training
+from .painter import paint
 from .vae import initialise, save_sheet
 from .words import PLACE_WORDS, SYNONYMS
 from .world import CLASSES, PLACES
@@ -35,8 +37,14 @@ TEXT_CONFIG: dict[str, Any] = {
     "eos_token_id": 49407,
 }
 PLAN = Plan(samples=1_000_000, batch=32, rate=1.5e-3, warm_up=50, ema=0.995, muon=4e-3)
+LOCALISED = 0.1
+"""Weight of the loss that asks the attention to the class's word onto the thing, see `localised.py`."""
+
 _NO_TEXT = 0.1
 """How often the text is left out, for classifier-free guidance."""
+_START = 49406
+"""The first of CLIP's tokens that are not of a word."""
+
 _MIN_SNR = 5.0
 """Min-SNR weighting's gamma (Hang et al., arXiv 2303.09556)."""
 
@@ -66,17 +74,22 @@ class TextToImage(nn.Module):
         tokens = torch.stack([_tokens(text) for text in texts]).to(device)
         return self.text(input_ids=tokens).last_hidden_state
 
-    def forward(self, noisy: Tensor, steps: Tensor, context: Tensor) -> Tensor:
-        """The noise in `noisy` [B, 4, h, w] at these of the 1000 steps."""
-        options = {"optimized_attention_override": _single_precision} if noisy.device.type == "cpu" else {}
+    def forward(self, noisy: Tensor, steps: Tensor, context: Tensor, seen: WordAttention | None = None) -> Tensor:
+        """The noise in `noisy` [B, 4, h, w] at these of the 1000 steps; `seen` is shown every layer's attention."""
+        options = {"optimized_attention_override": functools.partial(_attention, seen)}
         return self.unet(noisy, steps, context, transformer_options=options)
 
 
-def _single_precision(attention: Any, *tensors: Tensor, **options: Any) -> Tensor:
-    """Attention in float32: its backward pass in bfloat16 is three times slower on a CPU."""
-    with torch.autocast("cpu", enabled=False):
-        found = (value.float() if isinstance(value, Tensor) else value for value in tensors)
-        return attention(*found, **options)
+def _attention(
+    seen: WordAttention | None, attention: Any, q: Tensor, k: Tensor, v: Tensor, *more: Any, **options: Any
+) -> Tensor:
+    """Attention, on a CPU in float32: its backward pass in bfloat16 is three times slower there."""
+    with torch.autocast(q.device.type, enabled=False):
+        if q.device.type == "cpu":
+            q, k, v = q.float(), k.float(), v.float()
+        if seen is not None:
+            seen.see(q, k, more[0] if more else options["heads"])
+        return attention(q, k, v, *more, **options)
 
 
 def signal_shares() -> Tensor:
@@ -124,11 +137,12 @@ def train(
         clean = latents.take(numbers).to(device)
         texts = [caption_of(int(number), seen + i) for i, number in enumerate(numbers)]
         texts = ["" if drop else text for text, drop in zip(texts, torch.rand(plan.batch) < _NO_TEXT, strict=True)]
+        seen = _word_attention([int(number) for number in numbers], texts, device)
         steps, noise = draw_steps(plan.batch).to(device), torch.randn(clean.shape).to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            guess = model(noised(clean, steps, noise), steps, model.encode(texts, device))
+            guess = model(noised(clean, steps, noise), steps, model.encode(texts, device), seen)
         errors = (guess.float() - noise).square().mean(dim=(1, 2, 3))
-        return (errors * loss_weights(steps)).mean()
+        return (errors * loss_weights(steps)).mean() + LOCALISED * seen.loss
 
     training.run(loss_of, lambda: _sheet(training, latents, vae, folder / "samples.png"))
     return training.averaged_module()
@@ -173,6 +187,21 @@ def _tokenizer() -> Any:
     from comfy.sd1_clip import SDTokenizer
 
     return SDTokenizer()
+
+
+def _word_attention(numbers: list[int], texts: list[str], device: torch.device) -> WordAttention:
+    """For these pictures and what is said of them."""
+    scenes = [scene_of(number) for number in numbers]
+    places = [
+        word_places(_tokens(text).tolist(), scene.subject.name, _word_tokens)
+        for scene, text in zip(scenes, texts, strict=True)
+    ]
+    masks = torch.stack([latent_mask(paint(scene)[1]) for scene in scenes])
+    return WordAttention(torch.tensor(places).to(device), masks.to(device))
+
+
+def _word_tokens(word: str) -> list[int]:
+    return [token for token, _ in _tokenizer().tokenize_with_weights(word)[0] if token < _START]
 
 
 @functools.lru_cache(maxsize=200_000)

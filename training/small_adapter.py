@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
@@ -20,7 +19,7 @@ from ..moma_modules.mllm.encode import prompt_ids
 from ..moma_modules.prompt.subject_tokens import PROMPT_TEMPLATE, fill_template
 from .adapter_stage import FrozenUnet, Samples, loss_of
 from .adapter_weights import GATES, TrainableAdapter, first_weights, save_adapter
-from .data import scene_of, to_tensor
+from .data import latent_mask, scene_of, to_tensor
 from .description import SIZE
 from .diffusion import TextToImage, draw_steps, signal_shares
 from .export import CHECKPOINT, export_checkpoint
@@ -91,11 +90,6 @@ def early_weights(steps: Tensor) -> Tensor:
     """
     share = signal_shares().to(steps.device)[steps]
     return ((1 - share) / share).clamp(max=MOST_WEIGHT)
-
-
-def latent_mask(mask: np.ndarray[Any, Any]) -> Tensor:
-    """A mask [128, 128] at the latents' size [16, 16]: the share of each place that the subject covers."""
-    return torch.nn.functional.avg_pool2d(torch.from_numpy(mask).float()[None], 8)[0]
 
 
 def _together(rows: list[dict[str, Any]]) -> dict[str, Any]:
