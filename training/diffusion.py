@@ -137,12 +137,12 @@ def train(
         clean = latents.take(numbers).to(device)
         texts = [caption_of(int(number), seen + i) for i, number in enumerate(numbers)]
         texts = ["" if drop else text for text, drop in zip(texts, torch.rand(plan.batch) < _NO_TEXT, strict=True)]
-        seen = _word_attention([int(number) for number in numbers], texts, device)
+        attended = _word_attention([int(number) for number in numbers], texts, device)
         steps, noise = draw_steps(plan.batch).to(device), torch.randn(clean.shape).to(device)
         with torch.autocast(device.type, torch.bfloat16):
-            guess = model(noised(clean, steps, noise), steps, model.encode(texts, device), seen)
+            guess = model(noised(clean, steps, noise), steps, model.encode(texts, device), attended)
         errors = (guess.float() - noise).square().mean(dim=(1, 2, 3))
-        return (errors * loss_weights(steps)).mean() + LOCALISED * seen.loss
+        return (errors * loss_weights(steps)).mean() + LOCALISED * attended.loss
 
     training.run(loss_of, lambda: _sheet(training, latents, vae, folder / "samples.png"))
     return training.averaged_module()

@@ -64,9 +64,11 @@ class Row:
         def mean(values: list[float]) -> float:
             return sum(values) / len(values)
 
-        shares = (mean([getattr(each, what) for each in readings]) for what in ("found", "aimed", "kind", "shape"))
+        found, aimed, kind, shape = (
+            mean([getattr(each, what) for each in readings]) for what in ("found", "aimed", "kind", "shape")
+        )
         overlaps = [each.overlap for each in readings if each.overlap is not None]
-        row = cls(name, len(readings), *shares, mean(overlaps) if overlaps else None)
+        row = cls(name, len(readings), found, aimed, kind, shape, mean(overlaps) if overlaps else None)
         print(row.line(), flush=True)
         return row
 
