@@ -237,8 +237,8 @@ def test_the_mask_is_shown_live_and_changes_nothing(server: ComfyServer, first: 
 @pytest.mark.slow
 def test_the_reference_is_shown_as_the_mllm_saw_it(server: ComfyServer, first: tuple[Prompt, Run]) -> None:
     (seen,) = pictures(server, *first, "MoMAExtractSubject")
-    assert seen.shape == (512, 1032, 3)
-    assert (seen == np.array([255, 0, 200])).all(axis=2).sum() > 1000
+    assert seen.shape == (128, 264, 3)
+    assert (seen == np.array([255, 0, 200])).all(axis=2).sum() > 100
     texts = [out["text"][0] for out in first[1].outputs.values() if "text" in out]
     assert any(text.startswith("photo of a [cup]. a [cup] on a beach.") for text in texts)
     assert any(text.startswith("auto: weights in fp16, computing in ") for text in texts)
