@@ -47,7 +47,7 @@ class ConvertMllm(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name: str | None, filename: str | None) -> bool | str:
+    def validate_inputs(cls, model_name: str | None = None, filename: str | None = None) -> bool | str:
         try:
             if filename:
                 check_new_name("filename", filename, f"models/{MODELS}")

@@ -73,7 +73,7 @@ class LoadMllm(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model_name: str | None, download: bool | None = False) -> bool | str:
+    def validate_inputs(cls, model_name: str | None = None, download: bool | None = False) -> bool | str:
         if model_name is None or (download is not False and model_name == FOLDER):
             return True  # linked, or to be seen when it runs
         try:
@@ -124,7 +124,7 @@ class LoadAdapter(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, adapter_name: str | None, download: bool | None = False) -> bool | str:
+    def validate_inputs(cls, adapter_name: str | None = None, download: bool | None = False) -> bool | str:
         if adapter_name is None or (download is not False and adapter_name == ADAPTER_NAME):
             return True  # linked, or to be seen when it runs
         try:
@@ -168,7 +168,7 @@ class LoadBoth(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, model_name: str | None, adapter_name: str | None, download: bool | None = False
+        cls, model_name: str | None = None, adapter_name: str | None = None, download: bool | None = False
     ) -> bool | str:
         of_mllm = LoadMllm.validate_inputs(model_name, download)
         return LoadAdapter.validate_inputs(adapter_name, download) if of_mllm is True else of_mllm

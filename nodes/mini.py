@@ -44,7 +44,7 @@ class LoadMini(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, ckpt_name: str | None, example: str | None) -> bool | str:
+    def validate_inputs(cls, ckpt_name: str | None = None, example: str | None = None) -> bool | str:
         try:
             if ckpt_name is not None:  # linked otherwise
                 mini_path(ckpt_name)

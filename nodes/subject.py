@@ -268,7 +268,7 @@ class LoadSubject(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, subject_name: str | None) -> bool | str:
+    def validate_inputs(cls, subject_name: str | None = None) -> bool | str:
         if subject_name is None:  # linked, to be seen when it runs
             return True
         try:

@@ -15,13 +15,12 @@ from browser import SETTINGS, WINDOW, Editor, open_browser, open_editor
 from comfyui_source import ROOT, cache_dir
 from PIL import Image
 from shown import note
-from thumbnails import TITLES, take_thumbnails
+from thumbnails import TITLES, take_thumbnails, thumbnail
 
 from workbench.small_world import shown_in_small_world
 
 DOCS, HELP = ROOT / "docs" / "images", ROOT / "web" / "docs" / "images"
 PHOTO = ROOT / "workbench" / "photo" / "photo_masked.png"
-THUMBNAIL = (768, 512)
 RUN = 1_800_000
 LISTED = (
     "controlnet/control_v11p_sd15_openpose_fp16.safetensors",
@@ -45,16 +44,6 @@ def painted(name: str, steps: int) -> dict[str, Any]:
         if node["type"] == "LoadImage":
             node["widgets_values"][0] = PAINTED
     return content
-
-
-def thumbnail(picture: Path, target: Path) -> None:
-    """The picture on a canvas of the thumbnails' shape."""
-    image = Image.open(picture).convert("RGB")
-    image.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
-    canvas = Image.new("RGB", THUMBNAIL, (24, 24, 24))
-    canvas.paste(image, ((THUMBNAIL[0] - image.width) // 2, (THUMBNAIL[1] - image.height) // 2))
-    canvas.save(target, quality=82)
-    print(f"Wrote {target.relative_to(ROOT)}", flush=True)
 
 
 def take(editor: Editor, target: Path, kinds: tuple[str, ...] = (), width: int = 1400) -> None:

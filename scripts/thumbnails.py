@@ -1,4 +1,7 @@
-"""The template browser's pictures of the workflows that the small world can run: the subject, and what comes of it."""
+"""The template browser's pictures of the workflows.
+
+Of those that the small world can run: the subject, and what comes of it. Of the others: the graph.
+"""
 
 import io
 import json
@@ -41,6 +44,16 @@ def take_thumbnails(server: Any) -> None:
         parts = list(zip(words, drawn, strict=True))
         whole = name == "strength_study"  # A sheet, which wants all the place there is.
         _write(ROOT / "workflows" / f"{name}.jpg", title, parts if whole else [("The subject", example), *parts])
+
+
+def thumbnail(picture: Path, target: Path) -> None:
+    """A picture of a graph on a canvas of the thumbnails' shape."""
+    image = Image.open(picture).convert("RGB")
+    image.thumbnail(SIZE, Image.Resampling.LANCZOS)
+    canvas = Image.new("RGB", SIZE, _GROUND)
+    canvas.paste(image, ((SIZE[0] - image.width) // 2, (SIZE[1] - image.height) // 2))
+    canvas.save(target, quality=85)
+    print(f"Wrote {target.relative_to(ROOT)}", flush=True)
 
 
 def _asked(prompt: dict[str, Any], node: str) -> str:

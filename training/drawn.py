@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workbench.small_world import ADAPTER, CFG, CHECKPOINT, MLLM, STEPS
+
 from ..moma_modules.mini.checkpoint import load_mini_checkpoint
 from ..moma_modules.mllm.encode import subject_hidden_state
 from ..moma_modules.mllm.loading import load_mllm
@@ -21,13 +23,10 @@ from ..moma_modules.subject.subject import combine_subjects
 from .data import to_tensor
 from .description import COLOURS, COUNT, NAMED, SHAPE
 from .drawing import Product
-from .export import ADAPTER, CHECKPOINT, MLLM
 from .painter import paint
 from .probe import Probe, Reading
 from .words import MATERIAL_WORDS, PLACE_WORDS, SYNONYMS
 from .world import CLASSES, SIDE, Subject, draw_scene, draw_subject
-
-STEPS, CFG = 20, 4.0
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from workbench.small_world import ADAPTER, CHECKPOINT, MLLM
+
 from ..moma_modules.adapter.file import read_adapter
 from ..moma_modules.mini.checkpoint import FORMAT, TEXT, TEXT_HEADS, UNET, UNET_HEADS, VAE
 from ..moma_modules.mllm.checkpoint import PARTS, read_checkpoint
@@ -24,7 +26,6 @@ from .loop import Start, write_whole
 from .painter import paint
 from .world import SIDE, draw_scene, draw_subject
 
-CHECKPOINT, MLLM, ADAPTER = "moma_mini.safetensors", "moma_mini_llava", "moma_mini_adapter.safetensors"
 TRAINED = "trained.json"
 """What training needs to go on from the files: samples seen in each stage, and the latents' scale."""
 

@@ -146,7 +146,7 @@ def main() -> None:
     }
     _draw_curves(options.docs / CURVES, curves)
     shown = []
-    for i in range(8):
+    for i in range(min(8, options.subjects)):
         asked = [(places[i][0], None, 1.0), (places[i][1], None, 1.0), (None, MATERIALS[i % len(MATERIALS)], 0.4)]
         drawn = [world.draw(i, *what, Variant(strength=strength))[0][0] for *what, strength in asked]
         shown.append(torch.stack([world.reference(i), *drawn]))

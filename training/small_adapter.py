@@ -14,6 +14,8 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from workbench.small_world import CHECKPOINT
+
 from ..moma_modules.mini.checkpoint import load_mini_checkpoint
 from ..moma_modules.mllm.encode import prompt_ids
 from ..moma_modules.prompt.subject_tokens import PROMPT_TEMPLATE, fill_template
@@ -22,7 +24,7 @@ from .adapter_weights import GATES, TrainableAdapter, first_weights, save_adapte
 from .data import latent_mask, scene_of, to_tensor
 from .description import SIZE
 from .diffusion import TextToImage, draw_steps, signal_shares
-from .export import CHECKPOINT, export_checkpoint
+from .export import export_checkpoint
 from .language import SubjectReader, reference_pixels, tokenizer_file
 from .latents import Latents
 from .loop import Plan, Start, Training

@@ -86,6 +86,12 @@ class Run:
         self.words = ("run", str(place.table(self.rows)), *words, "--address", cluster.address)
         self.place = place
 
+    def start(self, executed: int) -> "subprocess.Popen[str]":
+        """Begin or go on, and wait until the servers have run so many prompts in all."""
+        process: subprocess.Popen[str] = self.place.start(*self.words)
+        self.place.wait(lambda: len(self.place.executed()) >= executed)
+        return process
+
     def processes(self) -> dict[int, list[str]]:
         """What runs for this run, servers and guards: their command lines by their process ids."""
         name = f"moma_batch-{json.loads((self.place.out / 'plan.json').read_text(encoding='utf-8'))['run']}"
@@ -145,13 +151,11 @@ def test_a_cluster_gives_the_pictures_of_one_machine(place: Any, ray: Cluster) -
 @pytest.mark.slow
 def test_a_killed_driver_leaves_nothing_and_a_killed_worker_costs_no_row(place: Any, cluster: Cluster) -> None:
     run = Run(place, cluster, 24, 0.2)
-    process = place.start(*run.words)
-    place.wait(lambda: len(place.executed()) >= 9)
+    process = run.start(9)
     process.kill()
     process.communicate()
     place.wait(lambda: not run.processes())
-    process = place.start(*run.words)
-    place.wait(lambda: len(place.executed()) >= 16)
+    process = run.start(16)
     guards = run.guards()
     assert len(guards) == 2, "one worker for each card"
     assert not any(script.startswith(str(ROOT)) for script in guards.values()), "the code comes with the run"
@@ -175,8 +179,7 @@ def test_without_its_token_a_cluster_is_not_joined(place: Any, cluster: Cluster)
 def test_a_lost_machine_costs_no_row_and_nobody_waits_for_it(place: Any, cluster: Cluster) -> None:
     """The last one: the cluster has a card less after it, and one that is full."""
     run = Run(place, cluster, 16, 0.2)
-    process = place.start(*run.words)
-    place.wait(lambda: len(place.executed()) >= 9)
+    process = run.start(9)
     cluster.lose_machine()
     status, output = end(process)
     assert status == 0 and "the worker is gone" in output, output

@@ -130,6 +130,29 @@ def test_missing_files_are_named_before_anything_runs(bare: ComfyServer) -> None
         bare.run(committed("from_subject"))
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("MoMALoadMini", "example"),
+        ("MoMALoadMLLM", "model_name"),
+        ("MoMALoadAdapter", "adapter_name"),
+        ("MoMALoad", "adapter_name"),
+        ("MoMALoadSubject", "subject_name"),
+        ("MoMAConvertMLLM", "filename"),
+    ],
+)
+def test_an_input_that_is_left_out_is_named(bare: ComfyServer, kind: str, name: str) -> None:
+    prompt = {
+        "1": {"class_type": kind, "inputs": {}},
+        "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+    }
+    with pytest.raises(PromptRefusedError) as refusal:
+        bare.queue(prompt)
+    errors = refusal.value.node_errors["1"]["errors"]
+    assert name in [error["details"] for error in errors if error["type"] == "required_input_missing"]
+    assert "positional" not in str(refusal.value)
+
+
 def test_a_download_and_a_conversion_through_the_server(tmp_path: Path) -> None:
     """Progress in bytes is shown on the node; Cancel ends a transfer that takes long; then all is there."""
     source = llava_folder(tmp_path / "source")

@@ -16,6 +16,7 @@ from random_stages import RandomStages
 from sentencepiece import SentencePieceProcessor
 
 from workbench.scene import close
+from workbench.small_world import ADAPTER, CHECKPOINT, MLLM
 
 pytestmark = pytest.mark.newest
 
@@ -36,7 +37,7 @@ class World(RandomStages):
         self.adapter.weights.mapping.load_state_dict(self.reader.mapping.state_dict())
         self.folder = folder
         export.export(folder, self.vae, self.base, self.reader, self.adapter, SCALE, SEEN)
-        self.model, self.clip, self.loaded_vae = load_mini_checkpoint(folder / export.CHECKPOINT)
+        self.model, self.clip, self.loaded_vae = load_mini_checkpoint(folder / CHECKPOINT)
 
 
 @pytest.fixture(scope="module")
@@ -87,21 +88,21 @@ def test_pictures_become_the_latents_of_training_and_pictures_again(world: World
 
 
 def test_the_language_model_says_what_it_says_in_training(world: World) -> None:
-    mllm = load_mllm(world.folder / export.MLLM, "fp32")
+    mllm = load_mllm(world.folder / MLLM, "fp32")
     picture, mask = paint(data.scene_of(4))
     hidden = subject_hidden_state(mllm, picture, mask, "cup", "A cup on the moon.")
     tokenizer = SentencePieceProcessor(model_proto=language.tokenizer_file())
     ids = prompt_ids(tokenizer, "cup", "A cup on the moon.")
     expected = world.reader.hidden(language.reference_pixels(picture, np.asarray(mask))[None], [ids])
     assert close(hidden, expected, 1e-4)
-    adapter = load_adapter(world.folder / export.ADAPTER)
+    adapter = load_adapter(world.folder / ADAPTER)
     assert close(adapter.map_hidden_state(hidden), world.reader.mapping(expected), 1e-3)
 
 
 def test_the_model_has_the_layout_that_the_adapter_needs(world: World) -> None:
     from comfyui_moma.moma_modules.sampling.unet import check_model
 
-    check_model(world.model, load_adapter(world.folder / export.ADAPTER))
+    check_model(world.model, load_adapter(world.folder / ADAPTER))
     block = world.model.model.diffusion_model.middle_block[1].transformer_blocks[0]
     assert block.n_heads == diffusion.HEADS
 

@@ -25,6 +25,7 @@ from random_stages import RandomStages
 from safetensors.torch import save_file
 
 from workbench import ROOT
+from workbench.small_world import CHECKPOINT, MLLM
 from workbench.tiny_models import tiny_model
 
 pytestmark = pytest.mark.newest
@@ -229,15 +230,15 @@ def test_precisions_that_need_accelerate_say_so_where_it_is_not_installed(
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small checkpoint and language model with random weights, and data."""
     folder, stages = tmp_path_factory.mktemp("files"), RandomStages()
-    export.export_checkpoint(folder / export.CHECKPOINT, stages.vae, stages.base, 2.7)
-    export.export_mllm(folder / export.MLLM, stages.reader)
+    export.export_checkpoint(folder / CHECKPOINT, stages.vae, stages.base, 2.7)
+    export.export_mllm(folder / MLLM, stages.reader)
     paired = {**LINE, "file_name": "3.png", "mask": "3_mask.png", "reference": "2.png", "reference_mask": "2_mask.png"}
     _folder(folder / "data", [LINE, paired])
     return folder
 
 
 def _options(files: Path, out: Path, **changes: Any) -> argparse.Namespace:
-    words = ["--checkpoint", export.CHECKPOINT, "--mllm", export.MLLM, "--data", "data"]
+    words = ["--checkpoint", CHECKPOINT, "--mllm", MLLM, "--data", "data"]
     named = [word if word.startswith("--") else str(files / word) for word in words]
     return argparse.Namespace(**{**vars(command.parse_arguments(_words(named, out))), **changes})
 
@@ -306,7 +307,7 @@ def test_accelerate_computes_what_torch_alone_does(
 
 @pytest.mark.slow
 def test_the_command_trains_an_adapter_that_the_product_loads(files: Path, tmp_path: Path) -> None:
-    named = [str(files / word) for word in (export.CHECKPOINT, export.MLLM, "data")]
+    named = [str(files / word) for word in (CHECKPOINT, MLLM, "data")]
     words = [part for pair in zip(("--checkpoint", "--mllm", "--data"), named, strict=True) for part in pair]
     script = ROOT / "training" / "adapter.py"
     inside = {**os.environ, "COMFYUI_MOMA_INSIDE": os.environ.get("COMFYUI_PATH", str(ROOT.parent.parent))}
