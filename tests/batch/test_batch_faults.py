@@ -98,7 +98,7 @@ def test_kills_cost_no_row(place: Any, seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(20))
 def test_many_kills_cost_no_row(place: Any, seed: int) -> None:
     lost = kill_at_random(place, 200, 12, seed)
     assert_whole(place, 200)
