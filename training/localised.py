@@ -1,7 +1,8 @@
-"""Where a word is attended to: the share that lies on the thing it names, as a loss for the text-to-image stage.
+"""Where a word is attended to: all over the thing that it names and nowhere else, as a loss for text to image.
 
 A large model's cross-attention to a word lies on the thing by itself; a small one's need not, and MoMA finds its
-subject by it. The share is the one that Chen et al. guide layouts by (arXiv 2304.03373), here in training.
+subject by it. Layouts are guided by the share that lies on the thing (Chen et al., arXiv 2304.03373); as a loss, that
+is content with one bright place on it. So what is asked for here is the whole distribution: the thing's, evenly.
 """
 
 import functools
@@ -13,12 +14,16 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from .words import SYNONYMS
 
+_LEAST = 1e-6
+"""Shares below this count as this."""
+
 
 class WordAttention:
-    """Collects, in one forward of the UNet, how far the attention to each row's words misses the thing.
+    """Collects, in one forward of the UNet, how far the attention to each row's words is from covering the thing.
 
     Attributes:
-        losses: Of the layers come to so far: 1 - the share that lies on the thing, mean over the rows with words.
+        losses: Of the layers come to so far, mean over the rows with words: the divergence (Kullback-Leibler, in nats)
+            of where the words are attended to from an even cover of the thing; 0 where it is that.
     """
 
     def __init__(self, words: Tensor, masks: Tensor) -> None:
@@ -40,14 +45,19 @@ class WordAttention:
         shares = (queries @ keys.transpose(2, 3) / queries.shape[-1] ** 0.5).softmax(dim=-1)
         seen = (shares * self._words[:, None, None]).sum(dim=-1).mean(dim=1)
         side = round(seen.shape[1] ** 0.5)
-        inside = adaptive_avg_pool2d(self._masks, side).flatten(1)
-        missed = 1 - (seen * inside).sum(dim=1) / seen.sum(dim=1).clamp(min=1e-6)
-        self.losses.append((missed * self._rows).sum() / self._rows.sum().clamp(min=1))
+        wanted = _shares(adaptive_avg_pool2d(self._masks, side).flatten(1))
+        divergence = (wanted * (wanted.clamp(min=_LEAST).log() - _shares(seen).clamp(min=_LEAST).log())).sum(dim=1)
+        self.losses.append((divergence * self._rows).sum() / self._rows.sum().clamp(min=1))
 
     @property
     def loss(self) -> Tensor:
-        """Mean over the layers; 0..1."""
+        """Mean over the layers, in nats."""
         return torch.stack(self.losses).mean()
+
+
+def _shares(values: Tensor) -> Tensor:
+    """Rows [B, T] of values from 0 up, each made to sum to 1."""
+    return values / values.sum(dim=1, keepdim=True).clamp(min=_LEAST)
 
 
 def word_places(tokens: list[int], kind: str, encode: Any) -> list[bool]:

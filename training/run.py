@@ -7,6 +7,7 @@ and sample sheets lie in the cache folder, see `scripts/setup_env.py`.
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +71,8 @@ def main() -> None:
     if options.stage != "language":
         latents = Latents(folder / "latents.f16", options.pictures, start.scale if start else None)
         if len(latents) == 0 and not start:
-            autoencoder = vae.train(folder / "vae", device, vae.ENCODER, encoder=True)
+            first = replace(vae.ENCODER, samples=min(vae.ENCODER.samples, plans["vae"].samples))
+            autoencoder = vae.train(folder / "vae", device, first, encoder=True)
         else:
             autoencoder = vae.train(folder / "vae", device, plans["vae"], encoder=False, start=start and start.vae)
         latents.encode(autoencoder, device)

@@ -1,5 +1,6 @@
 """The loss that asks the attention to a word onto the thing that it names."""
 
+import math
 import re
 
 import pytest
@@ -26,10 +27,13 @@ def seen(places: torch.Tensor) -> float:
     return float(attention.loss)
 
 
-def test_it_is_the_share_beside_the_thing() -> None:
+def test_it_is_the_divergence_from_an_even_cover_of_the_thing() -> None:
     assert seen(LEFT[0]) == pytest.approx(0, abs=1e-4)
-    assert seen(1 - LEFT[0]) == pytest.approx(1, abs=1e-4)
-    assert seen(torch.ones(4, 4)) == pytest.approx(0.5, abs=1e-4)
+    assert seen(torch.ones(4, 4)) == pytest.approx(math.log(2), abs=1e-4)
+    assert seen(1 - LEFT[0]) > 10
+    one_place = torch.zeros(4, 4)
+    one_place[0, 0] = 1
+    assert seen(one_place) > 5, "on the thing, but on one place of it"
 
 
 def test_layers_without_text_and_rows_without_the_word_do_not_count() -> None:
