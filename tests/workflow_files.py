@@ -15,8 +15,11 @@ from workbench.tiny_models import seeded_weight
 
 API = ROOT / "tests" / "api"
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+STARTS_SMALL = tuple(path.stem for path in sorted((API / "photographs").glob("*.json")))
+"""Those that start in the small world, with the user's picture muted."""
 NEWER_NODES = {"auto_mask": "RemoveBackground"}
 """Workflows with a core node that the oldest supported ComfyUI does not have."""
+CHECKPOINT = "checkpoints/v1-5-pruned-emaonly-fp16.safetensors"
 CONTROLNET = "controlnet/control_v11p_sd15_openpose_fp16.safetensors"
 BIREFNET = "background_removal/birefnet.safetensors"
 LORA = "loras/style.safetensors"
@@ -25,6 +28,11 @@ LORA = "loras/style.safetensors"
 def api(name: str) -> Prompt:
     """A committed API prompt."""
     return dict(json.loads((API / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def photographs(name: str) -> Prompt:
+    """The committed API prompt of one that starts in the small world, switched to photographs."""
+    return api(f"photographs/{name}")
 
 
 def workflow(name: str) -> dict[str, Any]:
@@ -40,17 +48,13 @@ def known_to(info: dict[str, Any]) -> list[str]:
 
 
 def small(prompt: Prompt, size: int = 128, steps: int = 1) -> Prompt:
-    """The same graph at a size for a CPU, with the test's photograph."""
+    """The same graph at a size for a CPU, with the test's photograph; a size that comes by a link stays."""
     for node in prompt.values():
         inputs = node["inputs"]
         if node["class_type"] == "LoadImage":
             inputs["image"] = "photo_masked.png"
-        elif node["class_type"] == "EmptyLatentImage":
+        elif node["class_type"] == "EmptyLatentImage" and not isinstance(inputs["width"], list):
             inputs |= {"width": size, "height": size}
-        elif node["class_type"] == "SolidMask":
-            inputs |= {"width": inputs["width"] * size // 768, "height": size}
-        elif node["class_type"] == "MaskComposite":
-            inputs["x"] = inputs["x"] * size // 768
         elif "steps" in inputs:
             inputs["steps"] = steps
     return prompt

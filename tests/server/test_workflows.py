@@ -15,7 +15,7 @@ from comfy_cli.workflow_to_api import convert_ui_to_api
 from comfyui_source import cache_dir
 from make_workflows import files
 from PIL import Image
-from workflow_files import API, NAMES, NEWER_NODES, add_weights, api, known_to, small, workflow
+from workflow_files import API, NAMES, NEWER_NODES, STARTS_SMALL, add_weights, api, known_to, photographs, small, workflow
 
 from workbench import ROOT
 from workbench.bootstrap import comfyui_path
@@ -26,7 +26,14 @@ from workbench.small_world import in_small_world
 pytestmark = pytest.mark.server
 DATA = ROOT / "tests" / "data"
 Workflows = Callable[[str], tuple[Prompt, Run]]
-OF_WHOLE_SD15 = ("pose", "style_lora", "try_it")
+OF_WHOLE_SD15 = ("pose", "style_lora")
+NEEDS = {
+    "auto_mask": {"CheckpointLoaderSimple", "LoadBackgroundRemovalModel"},
+    "pose": {"CheckpointLoaderSimple", "ControlNetLoader"},
+    "style_lora": {"CheckpointLoaderSimple"},
+}
+"""Workflows that need a download in any case, and the nodes that tell the editor of it."""
+MUTED = 2
 OUTPUTS = ("SaveImage", "MoMASubjectMask", "MoMASaveSubject")
 
 
@@ -86,8 +93,9 @@ def pictures(server: ComfyServer, prompt: Prompt, run: Run, kind: str = "SaveIma
 
 
 def made_small(name: str, steps: int = 1) -> Prompt:
-    """A workflow in the small world, but where a file for the whole SD1.5 is loaded beside it."""
-    return small(api(name) if name in OF_WHOLE_SD15 else in_small_world(api(name), photo=True), steps=steps)
+    """A workflow in the small world, but where a file for the whole SD1.5 is loaded beside it; with the photograph."""
+    prompt = photographs(name) if name in STARTS_SMALL else api(name)
+    return small(prompt if name in OF_WHOLE_SD15 else in_small_world(prompt), steps=steps)
 
 
 def inputs(prompt: Prompt, kind: str) -> dict[str, Any]:
@@ -135,7 +143,26 @@ def test_notes_packs_and_downloads_are_in_the_files() -> None:
                 # What the editor's list of files has: it calls others missing.
                 assert model["name"].endswith(".safetensors")
         with_models = {node["type"] for node in nodes if node["properties"].get("models")}
-        assert ("CheckpointLoaderSimple" in with_models) == (name != "try_it")  # It needs no file.
+        assert with_models == NEEDS.get(name, set())
+        (note,) = [node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote"]
+        assert ("attn_adapters_projectors.th" in note) == (name != "try_it")  # what it takes for photographs
+
+
+def test_what_starts_in_the_small_world_is_for_photographs_after_three_choices() -> None:
+    """Its twin for photographs has other files, and the picture straight from Load Image; nothing else is lost."""
+    assert sorted([*STARTS_SMALL, *NEEDS, "try_it", "from_subject"]) == NAMES
+    for name in STARTS_SMALL:
+        nodes = {str(node["id"]): node for node in workflow(name)["nodes"]}
+        muted = {number for number, node in nodes.items() if node["mode"] == MUTED}
+        assert muted and {nodes[number]["type"] for number in muted} == {"LoadImage"}
+        assert all("unmute: Ctrl+M" in nodes[number]["title"] for number in muted)
+        own, twin = api(name), photographs(name)
+        assert set(twin) - set(own) == muted and "moma_mini" not in str(twin)
+        gone = {own[number]["class_type"] for number in set(own) - set(twin)}
+        assert gone <= {"MoMALoadMini"}
+        assert {node["class_type"] for node in twin.values()} ^ {node["class_type"] for node in own.values()} == {
+            *("MoMALoadMini", "CheckpointLoaderSimple", "LoadImage")
+        }
 
 
 def test_the_workflows_pass_comfy_clis_validation(
@@ -194,7 +221,7 @@ def test_the_blueprint_gives_what_new_context_gives(server: ComfyServer, first: 
     (decode,) = [name for name, node in prompt.items() if node["class_type"] == "VAEDecode"]
     extract["inputs"] |= {"image": ["2", 0], "mask": ["2", 1]}
     prompt["3"] = {"class_type": "SaveImage", "inputs": {"images": [decode, 0], "filename_prefix": "b"}, "_meta": {}}
-    found = pictures(server, prompt, server.run(small(in_small_world(prompt, photo=True))))
+    found = pictures(server, prompt, server.run(small(in_small_world(prompt))))
     assert np.array_equal(found[0], pictures(server, *first)[0])
 
 
