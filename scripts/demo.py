@@ -122,7 +122,7 @@ def prompt_of_weights(weights: Weights, options: argparse.Namespace) -> dict[str
         "LoadImage": {"image": REFERENCE},
         "MoMALoadMLLM": {"model_name": weights.mllm},
         "MoMALoadAdapter": {"adapter_name": weights.adapter},
-        "MoMAExtractSubject": {"subject": options.subject, "prompt": options.prompt or "A cup on a beach at sunset."},
+        "MoMAExtractSubject": {"subject": options.subject, "prompt": options.prompt or "A cup on a beach."},
         "KSampler": {"seed": options.seed, "steps": options.steps or 50},
     }
     change(prompt, changes)

@@ -180,7 +180,7 @@ def save_cup(folder: Path) -> None:
     pixels = torch.from_numpy(np.array(photo.convert("RGB")))
     mask = torch.from_numpy(np.array(photo.getchannel("A")) == 0)
     folder.mkdir(parents=True, exist_ok=True)
-    subject = Subject(torch.zeros(1, 1024), "cup", "A cup on a beach at sunset.", pixels[None], mask[None], "0" * 64)
+    subject = Subject(torch.zeros(1, 1024), "cup", "A cup on a beach.", pixels[None], mask[None], "0" * 64)
     save_subject(subject, folder / "cup_00001_.safetensors")
 
 

@@ -20,9 +20,9 @@ from comfyui_moma.moma_modules.mini.choices import (
 from comfyui_moma.moma_modules.mllm.loading import mllm_choices, mllm_path
 from comfyui_moma.nodes.mini import LoadMini
 from comfyui_source import cache_dir
-from nodes import CheckpointLoaderSimple
 from safetensors.torch import save_file
 
+from nodes import CheckpointLoaderSimple
 from workbench import small_world
 from workbench.random_weights import sd15_checkpoint
 

@@ -15,11 +15,22 @@ from comfy_cli.workflow_to_api import convert_ui_to_api
 from comfyui_source import cache_dir
 from make_workflows import files
 from PIL import Image
-from workflow_files import API, NAMES, NEWER_NODES, STARTS_SMALL, add_weights, api, known_to, photographs, small, workflow
+from workflow_files import (
+    API,
+    NAMES,
+    NEWER_NODES,
+    STARTS_SMALL,
+    add_weights,
+    api,
+    known_to,
+    photographs,
+    small,
+    workflow,
+)
 
 from workbench import ROOT
 from workbench.bootstrap import comfyui_path
-from workbench.comfy_server import ComfyServer, Prompt, PromptRefusedError, Run
+from workbench.comfy_server import ComfyServer, ExecutionFailedError, Prompt, PromptRefusedError, Run
 from workbench.random_weights import adapter_file, llava_folder, sd15_checkpoint
 from workbench.small_world import in_small_world
 
@@ -236,6 +247,21 @@ def test_each_cell_of_the_study_is_the_picture_of_those_numbers(server: ComfySer
     assert np.array_equal(high, pictures(server, *first)[0])
     assert not np.array_equal(low, high) and not np.array_equal(low, off)
     assert sheet.shape[1] > 3 * 128 and sheet.shape[0] > 128
+
+
+@pytest.mark.slow
+def test_a_real_checkpoint_says_what_else_to_choose(server: ComfyServer) -> None:
+    """In Load MoMA Checkpoint, with all else as the workflow opens: first the picture, then the adapter."""
+    prompt = small(api("new_context"))
+    inputs(prompt, "MoMALoadMini")["ckpt_name"] = "v1-5-pruned-emaonly-fp16.safetensors"
+    with pytest.raises(
+        ExecutionFailedError, match=r"^MoMAExtractSubject: image has no picture: .*Unmute the Load Image"
+    ):
+        server.run(prompt)
+    prompt["photo"] = {"class_type": "LoadImage", "inputs": {"image": "photo_masked.png"}, "_meta": {"title": ""}}
+    inputs(prompt, "MoMALoadMini").update(image=["photo", 0], mask=["photo", 1])
+    with pytest.raises(ExecutionFailedError, match=r"^MoMAApplyAdapter: model is SD15 .* Choose what belongs together"):
+        server.run(prompt)
 
 
 def test_a_study_that_makes_no_sense_is_refused_before_it_runs(server: ComfyServer) -> None:
