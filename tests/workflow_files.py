@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from workbench import ROOT
 from workbench.comfy_server import ComfyServer, Prompt
 from workbench.random_weights import sd15_checkpoint
+from workbench.small_world import CHECKPOINT as SMALL_CHECKPOINT
 from workbench.tiny_models import seeded_weight
 
 API = ROOT / "tests" / "api"
@@ -91,9 +92,12 @@ def _controlnet(path: Path, cache: Path) -> None:
 
 
 def _lora(path: Path, _: Path) -> None:
-    """A LoRA of rank 4 on one attention layer."""
+    """A LoRA of rank 4 on one attention layer of the small world's UNet."""
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
-    weights = {f"{name}.lora_down.weight": (4, 768), f"{name}.lora_up.weight": (320, 4)}
+    with safe_open(ROOT / "weights" / SMALL_CHECKPOINT, "pt") as file:
+        layer = file.get_slice("model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
+        out, into = layer.get_shape()
+    weights = {f"{name}.lora_down.weight": (4, into), f"{name}.lora_up.weight": (out, 4)}
     save_file({key: seeded_weight(6, key, shape) for key, shape in weights.items()}, path)
 
 

@@ -37,7 +37,7 @@ from workbench.small_world import in_small_world
 pytestmark = pytest.mark.server
 DATA = ROOT / "tests" / "data"
 Workflows = Callable[[str], tuple[Prompt, Run]]
-OF_WHOLE_SD15 = ("pose", "style_lora")
+OF_WHOLE_SD15 = ("pose",)
 NEEDS = {
     "auto_mask": {"CheckpointLoaderSimple", "LoadBackgroundRemovalModel"},
     "pose": {"CheckpointLoaderSimple", "ControlNetLoader"},
@@ -219,7 +219,7 @@ def test_each_workflow_runs_to_the_end(server: ComfyServer, ran: Workflows, name
 )
 def test_an_extra_changes_the_picture(server: ComfyServer, ran: Workflows, name: str, kind: str, strength: str) -> None:
     """The random ControlNet and LoRA are loaded and act."""
-    without = small(api(name))
+    without = made_small(name)
     inputs(without, kind)[strength] = 0.0
     assert not np.array_equal(pictures(server, *ran(name))[0], pictures(server, without, server.run(without))[0])
 
