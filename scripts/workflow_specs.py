@@ -266,7 +266,7 @@ def hires_fix() -> Graph:
     loader = _loader(graph)
     base = _small(graph, loader)
     _your_picture(graph, loader)
-    _extract(base, loader.out("image"), loader.out("mask"), BEACH)
+    _extract(base, loader.out("image"), loader.out("mask"), BEACH, save=False)
     _how_to(graph)
     encoded = _encode(base)
     _patch(base)
@@ -290,7 +290,7 @@ def prompts() -> Graph:
     loader = _loader(graph)
     base = _small(graph, loader)
     _your_picture(graph, loader)
-    _extract(base, loader.out("image"), loader.out("mask"), BEACH)
+    _extract(base, loader.out("image"), loader.out("mask"), BEACH, save=False)
     _how_to(graph)
     _patch(base)
     negative = _negative(base, 2)
@@ -317,7 +317,7 @@ def strength_study() -> Graph:
     loader = _loader(graph)
     base = _small(graph, loader)
     _your_picture(graph, loader)
-    _extract(base, loader.out("image"), loader.out("mask"), BEACH)
+    _extract(base, loader.out("image"), loader.out("mask"), BEACH, save=False)
     _how_to(graph)
     positive, negative = _encode(base)
     study = graph.add(
@@ -428,7 +428,6 @@ def for_photographs(prompt: Json) -> Json:
         "MoMALoad": {"model_name": RELEASED.mllm, "adapter_name": RELEASED.adapter},
         "MoMALoadMLLM": {"model_name": RELEASED.mllm},
         "MoMALoadAdapter": {"adapter_name": RELEASED.adapter},
-        "KSampler": LEARNT,
         "MoMAStrengthStudy": {"cfg": LEARNT["cfg"]},
     }
 
@@ -440,6 +439,8 @@ def for_photographs(prompt: Json) -> Json:
     made: Json = {}
     for name, node in prompt.items():
         inputs = {key: plain(value) for key, value in node["inputs"].items()} | changes.get(node["class_type"], {})
+        if node["class_type"] == "KSampler":  # A second pass keeps its own steps.
+            inputs |= LEARNT if inputs["denoise"] == 1 else {"cfg": LEARNT["cfg"]}
         made[name] = {**node, "inputs": inputs}
         if node["class_type"] == "LoadImage":
             made[name]["_meta"] = {"title": PAINT}
