@@ -206,7 +206,7 @@ def two_subjects() -> Graph:
             combined = both.out("CONDITIONING")
     assert combined is not None
     negative = _negative(base, 5)
-    sampler = _sampler(base, (combined, negative), 5, wide.out("LATENT"))
+    sampler = _sampler(base, (combined, negative), 5, wide.out("LATENT"), seed=2)
     _decode(base, sampler, "two_subjects", 5, 6)
     return graph
 
@@ -279,7 +279,7 @@ def hires_fix() -> Graph:
         scale_by=2.0,
         title="Twice the size",
     )
-    second = _sampler(base, encoded, 4, large.out("LATENT"), denoise=0.5, steps=30, title="Second pass", asks=())
+    second = _sampler(base, encoded, 4, large.out("LATENT"), denoise=0.4, steps=30, title="Second pass", asks=())
     _decode(base, second, "hires_fix", 4, 5)
     return graph
 
