@@ -46,9 +46,8 @@ LEARNT = {"steps": 50, "cfg": 7.5}
 SAMPLING = {"seed": 1, **LEARNT, "sampler_name": "ddim", "scheduler": "ddim_uniform"}
 BOTH_WORLDS = {"steps": 30, "cfg": 5.0}
 """What the small world draws well with, and SD1.5 too."""
-PARTS = ("model", "clip", "vae")
-SIZE_SLOT = 5
-"""Outputs of Load MoMA Checkpoint: the parts first, as of Load Checkpoint, then picture and mask, then the size."""
+PARTS, SIZE_SLOT = 3, 5
+"""Outputs of Load MoMA Checkpoint: first the parts, as of Load Checkpoint, then picture and mask, then the size."""
 WIDTHS = (340, 380, 380, 300, 340)
 PICTURE_WIDTH = 440
 """Of the column with the user's picture and the note, which has a table."""
@@ -432,9 +431,9 @@ def for_photographs(prompt: Json) -> Json:
     }
 
     def plain(value: Any) -> Any:
-        if not isinstance(value, list) or value[0] not in loaders or value[1] < len(PARTS):
+        if not isinstance(value, list) or value[0] not in loaders or value[1] < PARTS:
             return value
-        return 512 if value[1] == SIZE_SLOT else loaders[value[0]][("image", "mask")[value[1] - len(PARTS)]]
+        return 512 if value[1] == SIZE_SLOT else loaders[value[0]][("image", "mask")[value[1] - PARTS]]
 
     made: Json = {}
     for name, node in prompt.items():
@@ -483,7 +482,7 @@ def _how_to(graph: Graph) -> None:
 
 
 def _base(graph: Graph, loader: Node, adapter: Node, named: dict[str, Node]) -> Base:
-    outputs = [loader.out(name) for name in (*PARTS, "size")]
+    outputs = (loader.out("model"), loader.out("clip"), loader.out("vae"), loader.out("size"))
     return Base(graph, loader, adapter, *outputs, named=named)
 
 

@@ -95,10 +95,10 @@ def load_checkpoint(path: Path, embeddings: list[str]) -> Checkpoint:
     """
     if is_mini_checkpoint(path):
         return Checkpoint(*load_mini_checkpoint(path, embeddings), small=True)
-    loaded = comfy.sd.load_checkpoint_guess_config(
+    model, clip, vae = comfy.sd.load_checkpoint_guess_config(
         str(path), output_vae=True, output_clip=True, embedding_directory=embeddings
-    )
-    return Checkpoint(*loaded[:3], small=False)
+    )[:3]
+    return Checkpoint(model, clip, vae, small=False)
 
 
 def load_mini_checkpoint(path: Path, embeddings: list[str] | None = None, dynamic: bool = True) -> tuple[Any, Any, Any]:
