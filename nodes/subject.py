@@ -9,7 +9,8 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..moma_modules.adapter.loading import Adapter
-from ..moma_modules.host.folders import user_folder
+from ..moma_modules.download.release import ADAPTER_NAME, FOLDER
+from ..moma_modules.host.folders import OWN_ADAPTER, OWN_MLLM, user_folder
 from ..moma_modules.host.messages import run_id, show_text
 from ..moma_modules.host.pictures import coverage, what_was_seen
 from ..moma_modules.mllm.encode import subject_hidden_state
@@ -30,6 +31,11 @@ from ..moma_modules.subject.reference_image import FITS, prepare_references
 from ..moma_modules.subject.reference_mask import DEFAULT_THRESHOLD
 from ..moma_modules.subject.subject import Subject, combine_subjects
 from .types import CATEGORY, KEEPS_PREVIEW, MomaAdapter, MomaMllm, MomaSubject
+
+NO_PICTURE = (
+    "image has no picture: Load MoMA Checkpoint has an example for the small checkpoint only. Unmute the Load Image "
+    "before it (select it, Ctrl+M), or connect one, and paint the mask there."
+)
 
 
 class ExtractSubject(io.ComfyNode):
@@ -136,6 +142,8 @@ class ExtractSubject(io.ComfyNode):
         mask: Any = None,
         mask_threshold: float = DEFAULT_THRESHOLD,
     ) -> io.NodeOutput:
+        if image is None:
+            raise ValueError(NO_PICTURE)
         check_characters("subject", subject)
         check_characters("prompt", prompt)
         draw = run_id() if has_choice(subject, prompt) else ""
@@ -146,7 +154,8 @@ class ExtractSubject(io.ComfyNode):
         if mllm.hidden_size != adapter.sizes.hidden:
             raise ValueError(
                 f"adapter {adapter.name} takes hidden states of size {adapter.sizes.hidden}, but mllm {mllm.name} has "
-                f"{mllm.hidden_size}: they do not belong together. Use both files of the MoMA release."
+                f"{mllm.hidden_size}: they do not belong together. Choose both of MoMA's release ({FOLDER} and "
+                f"{ADAPTER_NAME}) or, with the small checkpoint, both of the pack ({OWN_MLLM} and {OWN_ADAPTER})."
             )
         references = prepare_references(image, mask, fit, mask_threshold, adapter.reference_size)
         text = "\n".join([coverage(references.masks), *references.notes])

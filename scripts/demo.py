@@ -23,7 +23,7 @@ from setup_env import environment
 
 INSIDE = "COMFYUI_MOMA_DEMO"
 REFERENCE = "reference.png"
-PROMPT, TRY_IT = (ROOT / "tests" / "api" / f"{name}.json" for name in ("new_context", "try_it"))
+PROMPT, TRY_IT = (ROOT / "tests" / "api" / f"{name}.json" for name in ("photographs/new_context", "try_it"))
 PHOTO, MASK = (ROOT / "workbench" / "photo" / name for name in ("photo.jpg", "mask.png"))
 SD15_KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 SD15_SHAPE = [320, 768]
@@ -122,7 +122,7 @@ def prompt_of_weights(weights: Weights, options: argparse.Namespace) -> dict[str
         "LoadImage": {"image": REFERENCE},
         "MoMALoadMLLM": {"model_name": weights.mllm},
         "MoMALoadAdapter": {"adapter_name": weights.adapter},
-        "MoMAExtractSubject": {"subject": options.subject, "prompt": options.prompt or "A cup on a beach at sunset."},
+        "MoMAExtractSubject": {"subject": options.subject, "prompt": options.prompt or "A cup on a beach."},
         "KSampler": {"seed": options.seed, "steps": options.steps or 50},
     }
     change(prompt, changes)
@@ -133,16 +133,25 @@ def prompt_of_small_world(options: argparse.Namespace) -> dict[str, Any]:
     """The workflow *try_it* with these wishes; with a prompt or picture of the user's own its first half only."""
     prompt: dict[str, Any] = json.loads(TRY_IT.read_text(encoding="utf-8"))
     if options.prompt or options.image:
-        second = next(name for name, node in prompt.items() if "texture" in node["inputs"].get("filename_prefix", ""))
-        for name in reversed(range(int(second) - 4, int(second) + 1)):
-            del prompt[str(name)]
+        first = next(name for name, node in prompt.items() if "context" in node["inputs"].get("filename_prefix", ""))
+        prompt = {name: prompt[name] for name in upstream(prompt, first)}
         asked = options.prompt or f"A {options.subject} on the moon."
         change(prompt, {"MoMAExtractSubject": {"subject": options.subject, "prompt": asked}})
     if options.image:
         prompt["picture"] = {"class_type": "LoadImage", "inputs": {"image": REFERENCE}, "_meta": {"title": "Picture"}}
-        change(prompt, {"MoMAExtractSubject": {"image": ["picture", 0], "mask": ["picture", 1]}})
+        change(prompt, {"MoMALoadMini": {"image": ["picture", 0], "mask": ["picture", 1]}})
     change(prompt, {"KSampler": {"seed": options.seed, "steps": options.steps or 20}})
     return prompt
+
+
+def upstream(prompt: dict[str, Any], node: str) -> list[str]:
+    """A node and all that it needs, in the prompt's order."""
+    found, left = {node}, [node]
+    while left:
+        links = [value for value in prompt[left.pop()]["inputs"].values() if isinstance(value, list)]
+        left += [name for name, _ in links if name not in found]
+        found |= {name for name, _ in links}
+    return [name for name in prompt if name in found]
 
 
 def change(prompt: dict[str, Any], changes: dict[str, dict[str, Any]]) -> None:

@@ -23,6 +23,8 @@ OPTIONAL_SHAPE = 7
 """How the editor marks a socket that may stay unconnected."""
 APP_OUTPUT = "SaveImage"
 """Nodes whose results the editor's app view shows."""
+RUNS, MUTED = 0, 2
+"""The editor's modes of a node. A muted one stays out of what is queued, and so do the links from it."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Node:
         values: By input name: a widget's value, or the `Output` that is connected. Others keep their defaults.
         column: Where it stands; columns run from left to right, nodes in one from top to bottom.
         asks: The widgets that the editor's app view asks for.
+        muted: Whether it opens muted: in sight and wired, for the user to turn on.
     """
 
     id: int
@@ -64,6 +67,7 @@ class Node:
     models: Sequence[Model] = ()
     tall: int | None = None
     asks: Sequence[str] = ()
+    muted: bool = False
 
     def out(self, name: str) -> Output:
         """The output of this name."""
@@ -72,36 +76,42 @@ class Node:
 
 @dataclass
 class Graph:
-    """A described workflow; `ui` and `api` need the definitions of its nodes."""
+    """A described workflow; `ui` and `api` need the definitions of its nodes.
+
+    Attributes:
+        widths: Of its columns.
+        before: How many columns stand before column 0, as -1, -2 and so on.
+    """
 
     name: str
     widths: Sequence[int]
+    before: int = 0
     nodes: list[Node] = field(default_factory=list)
 
     def add(self, kind: str, column: int, *, id: int | None = None, **values: Any) -> Node:
-        """Add a node. `title`, `models`, `tall` and `asks` among the values are the node's own, the rest its inputs."""
+        """Add a node. Those of the values that are attributes of `Node` are its own, the rest its inputs."""
         number = id if id is not None else max((node.id for node in self.nodes), default=0) + 1
-        own = {key: values.pop(key) for key in ("title", "models", "tall", "asks") if key in values}
-        node = Node(number, kind, column, values, **own)
+        own = {key: values.pop(key) for key in ("title", "models", "tall", "asks", "muted") if key in values}
+        node = Node(number, kind, column + self.before, values, **own)
         self.nodes.append(node)
         return node
 
-    def note(self, column: int, height: int) -> Node:
-        """Add the note for the reader, from `notes/`."""
-        text = (NOTES / f"{self.name}.md").read_text(encoding="utf-8").strip()
-        return self.add(NOTE, column, title="How to", tall=height, text=text)
+    def note(self, column: int, height: int, *parts: str) -> Node:
+        """Add the note for the reader: the one of its name in `notes/`, then these parts of there."""
+        texts = [(NOTES / f"{name}.md").read_text(encoding="utf-8").strip() for name in (self.name, *parts)]
+        return self.add(NOTE, column, title="How to", tall=height, text="\n\n".join(texts))
 
-    def api(self, info: Json, prefix: str = "") -> Json:
-        """The prompt as `POST /prompt` takes it; `prefix` comes before every id."""
+    def api(self, info: Json, prefix: str = "", with_muted: bool = False) -> Json:
+        """The prompt as `POST /prompt` takes it; `prefix` comes before every id, muted nodes are in it if asked for."""
         prompt: Json = {}
+        left_out = {node.id for node in self.nodes if node.kind == NOTE or (node.muted and not with_muted)}
         for node in self.nodes:
-            if node.kind == NOTE:
+            if node.id in left_out:
                 continue
             spec = NodeSpec.of(info, node.kind)
             inputs = {w.name: node.values.get(w.name, w.default) for w in spec.widgets if not _linked(node, w.name)}
             for name in spec.order:
-                if _linked(node, name):
-                    source = node.values[name]
+                if _linked(node, name) and (source := node.values[name]).node.id not in left_out:
                     slot = NodeSpec.of(info, source.node.kind).output_slot(source.name)
                     inputs[name] = [f"{prefix}{source.node.id}", slot]
             _check(node, spec)
@@ -127,7 +137,7 @@ class Graph:
 
     def _app(self, info: Json) -> Json:
         """What the editor's app view has of this graph: widgets as (node, name), and nodes with results."""
-        asked = [(node, name) for node in self.nodes for name in node.asks]
+        asked = [(node, name) for node in self.nodes for name in node.asks if not node.muted]
         for node, name in asked:
             if _linked(node, name) or name not in [widget.name for widget in NodeSpec.of(info, node.kind).widgets]:
                 raise ValueError(f"{node.kind} {node.id}: the app view cannot ask for {name}: it is no widget.")
@@ -289,7 +299,7 @@ class _Drawing:
         spec = self.specs[node.id]
         x, y, height = place
         drawn: Json = {"id": node.id, "type": node.kind, "pos": [x, y], "size": [width, height], "flags": {}}
-        drawn |= {"order": order, "mode": 0}
+        drawn |= {"order": order, "mode": MUTED if node.muted else RUNS}
         drawn["inputs"] = [] if node.kind == NOTE else self._inputs(node, spec)
         drawn["outputs"] = [
             {"localized_name": name, "name": name, "type": type_, "links": self._outgoing.get((node.id, slot))}

@@ -6,8 +6,9 @@ from pathlib import Path
 from comfyui_source import ROOT
 from graph import Json, dump
 from inside import comfyui_inside
-from workflow_specs import PERSONALIZE, WORKFLOWS, new_context, personalize
+from workflow_specs import PERSONALIZE, WORKFLOWS, for_photographs, new_context, personalize
 
+API = ROOT / "tests" / "api"
 BESIDE = ("MoMASubjectMask", "MoMASaveSubject")
 
 
@@ -19,13 +20,16 @@ def files(info: Json) -> dict[Path, str]:
     for describe in WORKFLOWS:
         graph = describe()
         written[ROOT / "workflows" / f"{graph.name}.json"] = dump(graph.ui(info))
-        written[ROOT / "tests" / "api" / f"{graph.name}.json"] = dump(graph.api(info))
-    rows = for_rows(new_context().api(info))
+        written[API / f"{graph.name}.json"] = dump(graph.api(info))
+        if any(node.muted for node in graph.nodes):
+            prompt = for_photographs(graph.api(info, with_muted=True))
+            written[API / "photographs" / f"{graph.name}.json"] = dump(prompt)
+    rows = for_rows(for_photographs(new_context().api(info, with_muted=True)))
     written[ROOT / "moma_batch" / "default.json"] = dump(rows)
-    written[ROOT / "moma_batch" / "small_world.json"] = dump(in_small_world(rows, photo=True))
+    written[ROOT / "moma_batch" / "small_world.json"] = dump(in_small_world(rows))
     graph, inputs, outputs = personalize()
     written[ROOT / "subgraphs" / f"{PERSONALIZE.name}.json"] = dump(graph.blueprint(info, PERSONALIZE, inputs, outputs))
-    written[ROOT / "tests" / "api" / "blueprint" / "personalize.json"] = dump(graph.api(info, prefix="1:"))
+    written[API / "blueprint" / "personalize.json"] = dump(graph.api(info, prefix="1:"))
     return written
 
 

@@ -12,38 +12,26 @@ from typing import Any
 
 import numpy as np
 from browser import SETTINGS, WINDOW, Editor, open_browser, open_editor
-from comfyui_source import ROOT, cache_dir
+from comfyui_source import ROOT
 from PIL import Image
 from shown import note
 from thumbnails import TITLES, take_thumbnails, thumbnail
-
-from workbench.small_world import shown_in_small_world
 
 DOCS, HELP = ROOT / "docs" / "images", ROOT / "web" / "docs" / "images"
 PHOTO = ROOT / "workbench" / "photo" / "photo_masked.png"
 RUN = 1_800_000
 LISTED = (
+    "checkpoints/v1-5-pruned-emaonly-fp16.safetensors",
     "controlnet/control_v11p_sd15_openpose_fp16.safetensors",
     "background_removal/birefnet.safetensors",
     "loras/style.safetensors",
 )
 """Files that workflows name and no picture needs the content of: with them, nothing is shown as missing."""
-PAINTED = "painted.png"
-"""An example of the small world, as a user's picture in ComfyUI's input folder."""
 
 
 def workflow(name: str) -> dict[str, Any]:
     """A committed workflow."""
     return dict(json.loads((ROOT / "workflows" / f"{name}.json").read_text(encoding="utf-8")))
-
-
-def painted(name: str, steps: int) -> dict[str, Any]:
-    """A workflow in the small world, with a painted cup."""
-    content = shown_in_small_world(workflow(name), steps)
-    for node in content["nodes"]:
-        if node["type"] == "LoadImage":
-            node["widgets_values"][0] = PAINTED
-    return content
 
 
 def take(editor: Editor, target: Path, kinds: tuple[str, ...] = (), width: int = 1400) -> None:
@@ -124,7 +112,7 @@ def help_page(editor: Editor) -> None:
 
 def previews(editor: Editor) -> None:
     """What the nodes show after a run."""
-    editor.load(painted("new_context", steps=30), "new_context_painted")
+    editor.load(workflow("new_context"), "new_context_run")
     editor.close_dialogs()
     editor.queue(RUN)
     take(editor, DOCS / "preview_extract.png", ("MoMAExtractSubject",), width=900)
@@ -148,7 +136,7 @@ def previews(editor: Editor) -> None:
 
 def study(editor: Editor) -> None:
     """The strength study after a run."""
-    editor.load(painted("strength_study", steps=30), "strength_study_painted")
+    editor.load(workflow("strength_study"), "strength_study_run")
     editor.close_dialogs()
     editor.queue(RUN)
     take(editor, DOCS / "strength_study_result.png", width=1100)
@@ -192,7 +180,7 @@ def save_cup(folder: Path) -> None:
     pixels = torch.from_numpy(np.array(photo.convert("RGB")))
     mask = torch.from_numpy(np.array(photo.getchannel("A")) == 0)
     folder.mkdir(parents=True, exist_ok=True)
-    subject = Subject(torch.zeros(1, 1024), "cup", "A cup on a beach at sunset.", pixels[None], mask[None], "0" * 64)
+    subject = Subject(torch.zeros(1, 1024), "cup", "A cup on a beach.", pixels[None], mask[None], "0" * 64)
     save_subject(subject, folder / "cup_00001_.safetensors")
 
 
@@ -202,18 +190,13 @@ def take_all(comfyui: Path, chosen: list[str]) -> None:
 
     bootstrap()
     from workbench.comfy_server import ComfyServer
-    from workbench.random_weights import adapter_file, llava_folder, sd15_checkpoint
+    from workbench.random_weights import adapter_file, llava_folder
 
     with tempfile.TemporaryDirectory(prefix="moma-screenshots-") as folder:
         mllm = llava_folder(Path(folder) / "MoMA_llava_7b")
         adapter_file(mllm)
-        models = {
-            "checkpoints/v1-5-pruned-emaonly-fp16.safetensors": sd15_checkpoint(cache_dir()),
-            "moma/MoMA_llava_7b": mllm,
-        }
-        with ComfyServer(comfyui, Path(folder) / "server", models) as server:
+        with ComfyServer(comfyui, Path(folder) / "server", {"moma/MoMA_llava_7b": mllm}) as server:
             shutil.copyfile(PHOTO, server.input / "example.png")
-            shutil.copyfile(ROOT / "weights" / "examples" / "striped_cup.png", server.input / PAINTED)
             for name in LISTED:
                 (server.base / "models" / name).parent.mkdir(exist_ok=True)
                 (server.base / "models" / name).touch()

@@ -16,34 +16,29 @@ TITLES = {
     "new_context": "New context",
     "simple": "One subject, one prompt",
     "new_texture": "New texture",
-    "prompts": "Many prompts for a saved subject",
+    "two_subjects": "Two subjects, each with its region",
+    "hires_fix": "A second pass at twice the size",
+    "prompts": "Several prompts in one run",
     "from_subject": "From a saved subject, without the language model",
     "strength_study": "Strength study",
     "try_it": "Try it: nothing to download",
 }
-"""In the order in which they are run: the first saves the subject that others load. hires_fix is not among them: the
-small world draws in one size.
-"""
+"""In the order in which they are run: the first saves the subject that from_subject loads."""
 
 _GROUND, _INK, _EDGE, _LINE = (24, 24, 24), (230, 230, 230), 16, 26
 
 
 def take_thumbnails(server: Any) -> None:
     """Run each through the server and write its picture into workflows/."""
-    from workbench.small_world import EXAMPLE, PROMPTS, in_small_world
-
-    example = Image.open(ROOT / "weights" / "examples" / f"{EXAMPLE.replace(' ', '_')}.png").convert("RGB")
     for name, title in TITLES.items():
         prompt = json.loads((ROOT / "tests" / "api" / f"{name}.json").read_text("utf-8"))
-        if name != "try_it":
-            prompt = in_small_world(prompt, steps=30)
         run = server.run(prompt)
         saved = [node for node, content in prompt.items() if content["class_type"] == "SaveImage"]
         drawn = [Image.open(io.BytesIO(server.view(run.files(node)[0]))).convert("RGB") for node in saved]
-        words = [_asked(prompt, node) or PROMPTS["A cup on a beach at sunset."] for node in saved]
+        words = [_asked(prompt, node) for node in saved]
         parts = list(zip(words, drawn, strict=True))
         whole = name == "strength_study"  # A sheet, which wants all the place there is.
-        _write(ROOT / "workflows" / f"{name}.jpg", title, parts if whole else [("The subject", example), *parts])
+        _write(ROOT / "workflows" / f"{name}.jpg", title, parts if whole else [*_examples(prompt), *parts])
 
 
 def thumbnail(picture: Path, target: Path) -> None:
@@ -56,12 +51,19 @@ def thumbnail(picture: Path, target: Path) -> None:
     print(f"Wrote {target.relative_to(ROOT)}", flush=True)
 
 
+def _examples(prompt: dict[str, Any]) -> list[tuple[str, Image.Image]]:
+    """The pictures that the small world's loaders give."""
+    names = [node["inputs"]["example"] for node in prompt.values() if node["class_type"] == "MoMALoadMini"]
+    files = [ROOT / "weights" / "examples" / f"{name.replace(' ', '_')}.png" for name in names]
+    return [("The subject", Image.open(file).convert("RGB")) for file in files]
+
+
 def _asked(prompt: dict[str, Any], node: str) -> str:
     """The prompt on the way to a node, found by following positive prompts and subjects back."""
     inputs = prompt[node]["inputs"]
     if inputs.get("prompt"):
         return str(inputs["prompt"])
-    for name in ("images", "samples", "latent_image", "positive", "subject"):
+    for name in ("images", "samples", "latent_image", "positive", "conditioning_1", "conditioning", "subject"):
         if isinstance(inputs.get(name), list) and (found := _asked(prompt, inputs[name][0])):
             return found
     return ""

@@ -3,15 +3,30 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from graph import BlueprintText, Graph, Model, Node, Output, Port
+from graph import BlueprintText, Graph, Json, Model, Node, Output, Port
 
 CHECKPOINT = Model(
     "v1-5-pruned-emaonly-fp16.safetensors",
     "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/v1-5-pruned-emaonly-fp16.safetensors",
     "checkpoints",
 )
-ADAPTER = "MoMA_llava_7b/attn_adapters_projectors.th"
-"""Without an address: no editor downloads a `.th`, and that of ComfyUI 0.16 would call it missing even where it is."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """What belongs together: names as the loaders list them."""
+
+    checkpoint: str
+    mllm: str
+    adapter: str
+
+
+# The adapter is without an address: no editor downloads a `.th`, and ComfyUI 0.16's would call it missing even where it
+# is.
+RELEASED = Files(CHECKPOINT.name, "MoMA_llava_7b", "MoMA_llava_7b/attn_adapters_projectors.th")
+SMALL = Files("moma_mini.safetensors", "moma_mini_llava", "moma_mini_adapter.safetensors")
+"""These come with the pack."""
+
 OPENPOSE = Model(
     "control_v11p_sd15_openpose_fp16.safetensors",
     "https://huggingface.co/comfyanonymous/ControlNet-v1-1_fp16_safetensors/resolve/main/"
@@ -23,10 +38,20 @@ BIREFNET = Model(
     "https://huggingface.co/Comfy-Org/BiRefNet/resolve/main/background_removal/birefnet.safetensors",
     "background_removal",
 )
-BEACH = "A cup on a beach at sunset."
+BEACH = "A cup on a beach."
 PAINT = "Load Image (paint the mask here)"
-SAMPLING = {"seed": 1, "steps": 50, "cfg": 7.5, "sampler_name": "ddim", "scheduler": "ddim_uniform"}
+YOURS = "Your picture (unmute: Ctrl+M; paint the mask here)"
+LEARNT = {"steps": 50, "cfg": 7.5}
+"""As in the paper."""
+SAMPLING = {"seed": 1, **LEARNT, "sampler_name": "ddim", "scheduler": "ddim_uniform"}
+BOTH_WORLDS = {"steps": 30, "cfg": 5.0}
+"""What the small world draws well with, and SD1.5 too."""
+PARTS, SIZE_SLOT = 3, 5
+"""Outputs of Load MoMA Checkpoint: first the parts, as of Load Checkpoint, then picture and mask, then the size."""
 WIDTHS = (340, 380, 380, 300, 340)
+PICTURE_WIDTH = 440
+"""Of the column with the user's picture and the note, which has a table."""
+WITH_PICTURE = (PICTURE_WIDTH, *WIDTHS)
 
 
 @dataclass
@@ -39,40 +64,29 @@ class Base:
     model: Output
     clip: Output
     vae: Output
+    size: Output | int = 512
     subject: Output | None = None
     named: dict[str, Node] = field(default_factory=dict)
 
 
 def try_it() -> Graph:
     """The small world that comes with the pack: one subject, somewhere else and made of something else."""
-    graph = Graph("try_it", (340, 380, 380, 300, 340))
-    mini = graph.add("MoMALoadMini", 0, ckpt_name="moma_mini.safetensors", example="striped cup", asks=("example",))
-    files = graph.add(
-        "MoMALoad", 0, model_name="moma_mini_llava", adapter_name="moma_mini_adapter.safetensors", tall=230
-    )
-    graph.add("PreviewImage", 0, images=mini.out("image"), title="The subject", tall=300)
-    outputs = (mini.out("model"), mini.out("clip"), mini.out("vae"))
-    base = Base(graph, mini, files, *outputs, named={"mllm": files})
+    graph = Graph("try_it", WIDTHS)
+    loader = _loader(graph)
+    files = graph.add("MoMALoad", 0, model_name=SMALL.mllm, adapter_name=SMALL.adapter, tall=230)
+    graph.add("PreviewImage", 0, images=loader.out("image"), title="The subject", tall=300)
+    base = _base(graph, loader, files, {"mllm": files})
+    unpatched = base.model
     graph.note(1, height=250)
     negative = _negative(base, 2)
-    canvas = _canvas(base, 2, (128, 128))
+    canvas = _canvas(base, 2)
     for name, prompt, strength in (
         ("new_context", "A cup on the moon.", 1.0),
         ("new_texture", "A cup made of wood on the moon.", 0.4),
     ):
-        subject = _extract(base, mini.out("image"), mini.out("mask"), prompt, save=False)
-        applied = graph.add(
-            "MoMAApplySubject",
-            2,
-            model=outputs[0],
-            clip=base.clip,
-            vae=base.vae,
-            subject=subject,
-            strength=strength,
-            asks=("strength",),
-        )
-        base.model = applied.out("model")
-        sampler = _sampler(base, (applied.out("positive"), negative), 3, canvas, steps=20, cfg=4.0)
+        subject = _extract(base, loader.out("image"), loader.out("mask"), prompt, save=False)
+        base.model = unpatched
+        sampler = _sampler(base, (_apply_subject(base, subject, strength), negative), 3, canvas, steps=20, cfg=4.0)
         decoded = graph.add("VAEDecode", 4, samples=sampler.out("LATENT"), vae=base.vae)
         graph.add("SaveImage", 4, images=decoded.out("IMAGE"), filename_prefix=f"MoMA/try_it_{name}", tall=300)
     return graph
@@ -80,28 +94,15 @@ def try_it() -> Graph:
 
 def simple() -> Graph:
     """One subject and one prompt, in as few nodes as they need."""
-    graph = Graph("simple", WIDTHS)
-    checkpoint = graph.add("CheckpointLoaderSimple", 0, ckpt_name=CHECKPOINT.name, models=[CHECKPOINT])
-    image = _picture(graph, title=PAINT)
-    files = graph.add("MoMALoad", 0, model_name="MoMA_llava_7b", adapter_name=ADAPTER)
-    named = {"mllm": files}
-    base = Base(
-        graph, checkpoint, files, checkpoint.out("MODEL"), checkpoint.out("CLIP"), checkpoint.out("VAE"), named=named
-    )
-    subject = _extract(base, image.out("IMAGE"), image.out("MASK"), BEACH, save=False)
-    graph.note(1, height=250)
-    applied = graph.add(
-        "MoMAApplySubject",
-        2,
-        model=base.model,
-        clip=base.clip,
-        vae=base.vae,
-        subject=subject,
-        strength=1.0,
-        asks=("strength",),
-    )
-    base.model = applied.out("model")
-    sampler = _sampler(base, (applied.out("positive"), _negative(base, 2)), 3, _canvas(base, 3))
+    graph = Graph("simple", WITH_PICTURE, before=1)
+    loader = _loader(graph)
+    _your_picture(graph, loader)
+    files = graph.add("MoMALoad", 0, model_name=SMALL.mllm, adapter_name=SMALL.adapter)
+    base = _base(graph, loader, files, {"mllm": files})
+    subject = _extract(base, loader.out("image"), loader.out("mask"), BEACH, save=False)
+    _how_to(graph)
+    positive = _apply_subject(base, subject, 1.0)
+    sampler = _sampler(base, (positive, _negative(base, 2)), 3, _canvas(base, 3))
     decoded = graph.add("VAEDecode", 3, samples=sampler.out("LATENT"), vae=base.vae)
     graph.add("SaveImage", 4, images=decoded.out("IMAGE"), filename_prefix="MoMA/simple", tall=440)
     return graph
@@ -114,26 +115,26 @@ def new_context() -> Graph:
 
 def new_texture() -> Graph:
     """The same shape, made of something else."""
-    return _one_subject("new_texture", "A wooden sculpture of a cup on the table.", 0.4)
+    return _one_subject("new_texture", "A cup made of wood on the moon.", 0.4)
 
 
 def from_subject() -> Graph:
     """A saved subject, without the language model."""
-    graph = Graph("from_subject", WIDTHS)
-    base = _loaders(graph)
-    loaded = _saved_subject(graph, id=5)
+    graph = Graph("from_subject", (340, PICTURE_WIDTH, *WIDTHS[2:]))
+    base = _small(graph, _loader(graph, asks=()), mllm=False)
+    loaded = graph.add("MoMALoadSubject", 0, id=5, subject_name="cup_00001_.safetensors", asks=("subject_name",))
     base.subject = loaded.out("subject")
     encoded = _encode(base, asks=("prompt",))
     _patch(base)
     _sample(base, encoded, "from_subject")
-    graph.note(1, height=330)
+    graph.note(1, 560, "files")
     return graph
 
 
 def auto_mask() -> Graph:
     """The mask comes from background removal."""
-    graph = Graph("auto_mask", WIDTHS)
-    base = _loaders(graph, mllm=True)
+    graph = Graph("auto_mask", (340, PICTURE_WIDTH, *WIDTHS[2:]))
+    base = _released(graph)
     image = _picture(graph)
     remover = graph.add("LoadBackgroundRemovalModel", 0, bg_removal_name=BIREFNET.name, models=[BIREFNET])
     removed = graph.add(
@@ -144,7 +145,7 @@ def auto_mask() -> Graph:
         title="Subject's mask",
     )
     _extract(base, image.out("IMAGE"), removed.out("mask"), BEACH)
-    graph.note(1, height=250)
+    graph.note(1, 520, "files")
     encoded = _encode(base)
     _patch(base)
     _sample(base, encoded, "auto_mask")
@@ -153,17 +154,22 @@ def auto_mask() -> Graph:
 
 def two_subjects() -> Graph:
     """Two subjects, each in its half of the picture."""
-    graph = Graph("two_subjects", (340, 380, 300, 340, 380, 300, 340))
-    base = _loaders(graph, mllm=True)
-    width, height = 768, 512
+    graph = Graph("two_subjects", (PICTURE_WIDTH, 340, 380, 300, 340, 380, 300, 340), before=1)
+    loader = _loader(graph)
+    base = _small(graph, loader)
+    _your_picture(graph, loader, "Your cup (unmute: Ctrl+M; paint the mask here)")
+    # A second one for its picture alone: the checkpoint is that of the first.
+    other = _loader(graph, example="checked bag", title="The bag (leave this checkpoint)")
+    _your_picture(graph, other, "Your bag (unmute: Ctrl+M; paint the mask here)")
+    _how_to(graph)
     subjects = []
-    for word, prompt in (("cup", "A cup on a wooden table."), ("vase", "A vase on a wooden table.")):
-        image = _picture(graph, title=f"The {word} (paint the mask here)")
-        extracted = _extract(base, image.out("IMAGE"), image.out("MASK"), prompt, word=word, save=False)
+    for word, node in (("cup", loader), ("bag", other)):
+        extracted = _extract(base, node.out("image"), node.out("mask"), f"A {word} on a beach.", word=word, save=False)
         subjects.append((word, extracted))
-    graph.note(1, height=330)
-    full = graph.add("SolidMask", 2, value=0.0, width=width, height=height, title="Black canvas")
-    half = graph.add("SolidMask", 2, value=1.0, width=width // 2, height=height, title="White half")
+    one = _canvas(base, 5)
+    wide = graph.add("LatentConcat", 5, samples1=one, samples2=one, dim="x", title="Two side by side")
+    full = graph.add("SolidMask", 2, value=0.0, width=1024, height=512, title="Black, of that shape")
+    half = graph.add("SolidMask", 2, value=1.0, width=512, height=512, title="White half")
     combined: Output | None = None
     masks = []
     for number, (word, _) in enumerate(subjects):
@@ -173,7 +179,7 @@ def two_subjects() -> Graph:
                 2,
                 destination=full.out("MASK"),
                 source=half.out("MASK"),
-                x=number * width // 2,
+                x=number * 512,
                 y=0,
                 operation="add",
                 title=f"Region of the {word}",
@@ -199,17 +205,18 @@ def two_subjects() -> Graph:
             combined = both.out("CONDITIONING")
     assert combined is not None
     negative = _negative(base, 5)
-    _sample(base, (combined, negative), "two_subjects", size=(width, height), columns=(5, 6))
+    sampler = _sampler(base, (combined, negative), 5, wide.out("LATENT"), seed=2)
+    _decode(base, sampler, "two_subjects", 5, 6)
     return graph
 
 
 def pose() -> Graph:
     """A ControlNet says how the subject stands."""
-    graph = Graph("pose", (340, 380, 380, 340, 300, 340))
-    base = _loaders(graph, mllm=True)
+    graph = Graph("pose", (340, PICTURE_WIDTH, 380, 340, 300, 340))
+    base = _released(graph)
     image = _picture(graph, title=PAINT)
     _extract(base, image.out("IMAGE"), image.out("MASK"), "A teddy bear dancing in a park.", word="teddy bear")
-    graph.note(1, height=300)
+    graph.note(1, 560, "files")
     positive, negative = _encode(base)
     _patch(base)
     net = graph.add("ControlNetLoader", 3, control_net_name=OPENPOSE.name, models=[OPENPOSE])
@@ -230,8 +237,8 @@ def pose() -> Graph:
 
 def style_lora() -> Graph:
     """A LoRA gives the style, MoMA the subject."""
-    graph = Graph("style_lora", WIDTHS)
-    base = _loaders(graph, mllm=True)
+    graph = Graph("style_lora", (340, PICTURE_WIDTH, *WIDTHS[2:]))
+    base = _released(graph)
     lora = graph.add(
         "LoraLoader",
         0,
@@ -245,7 +252,7 @@ def style_lora() -> Graph:
     base.model, base.clip = lora.out("MODEL"), lora.out("CLIP")
     image = _picture(graph, title=PAINT)
     _extract(base, image.out("IMAGE"), image.out("MASK"), "A watercolour painting of a cup on a table.")
-    graph.note(1, height=270)
+    graph.note(1, 520, "files")
     encoded = _encode(base)
     _patch(base, strength=0.6)
     _sample(base, encoded, "style_lora")
@@ -254,11 +261,12 @@ def style_lora() -> Graph:
 
 def hires_fix() -> Graph:
     """A second pass in twice the size."""
-    graph = Graph("hires_fix", (340, 380, 380, 300, 300, 340))
-    base = _loaders(graph, mllm=True)
-    image = _picture(graph, title=PAINT)
-    _extract(base, image.out("IMAGE"), image.out("MASK"), BEACH)
-    graph.note(1, height=280)
+    graph = Graph("hires_fix", (PICTURE_WIDTH, 340, 380, 380, 300, 300, 340), before=1)
+    loader = _loader(graph)
+    base = _small(graph, loader)
+    _your_picture(graph, loader)
+    _extract(base, loader.out("image"), loader.out("mask"), BEACH, save=False)
+    _how_to(graph)
     encoded = _encode(base)
     _patch(base)
     small = _sampler(base, encoded, 3, _canvas(base, 3), title="First pass")
@@ -270,45 +278,46 @@ def hires_fix() -> Graph:
         scale_by=2.0,
         title="Twice the size",
     )
-    second = _sampler(base, encoded, 4, large.out("LATENT"), denoise=0.5, steps=30, title="Second pass", asks=())
+    second = _sampler(base, encoded, 4, large.out("LATENT"), denoise=0.4, steps=30, title="Second pass", asks=())
     _decode(base, second, "hires_fix", 4, 5)
     return graph
 
 
 def prompts() -> Graph:
     """Several prompts for one subject in one run."""
-    graph = Graph("prompts", (340, 380, 380, 300, 240, 340))
-    base = _loaders(graph)
-    loaded = _saved_subject(graph)
-    base.subject = loaded.out("subject")
-    graph.note(0, height=330)
-    _patch(base, column=1)
-    negative = _negative(base, 1)
-    canvas = _canvas(base, 1)
-    for number, text in enumerate(
-        ("A cup on a beach at sunset.", "A cup in the snow.", "A cup on a desk in a library."), 1
-    ):
+    graph = Graph("prompts", (PICTURE_WIDTH, 340, 380, 380, 380, 300, 240, 340), before=1)
+    loader = _loader(graph)
+    base = _small(graph, loader)
+    _your_picture(graph, loader)
+    _extract(base, loader.out("image"), loader.out("mask"), BEACH, save=False)
+    _how_to(graph)
+    _patch(base)
+    negative = _negative(base, 2)
+    canvas = _canvas(base, 2)
+    for number, text in enumerate((BEACH, "A cup in the snow.", "A cup in a city at night."), 1):
         encoded = graph.add(
             "MoMATextEncode",
-            2,
+            3,
             clip=base.clip,
             subject=base.subject,
             prompt=text,
             title=f"Prompt {number}",
             asks=("prompt",),
         )
-        sampler = _sampler(base, (encoded.out("positive"), negative), 3, canvas, title=f"Picture {number}")
-        decoded = graph.add("VAEDecode", 4, samples=sampler.out("LATENT"), vae=base.vae)
-        graph.add("SaveImage", 5, images=decoded.out("IMAGE"), filename_prefix=f"MoMA/prompt_{number}")
+        sampler = _sampler(base, (encoded.out("positive"), negative), 4, canvas, title=f"Picture {number}")
+        decoded = graph.add("VAEDecode", 5, samples=sampler.out("LATENT"), vae=base.vae)
+        graph.add("SaveImage", 6, images=decoded.out("IMAGE"), filename_prefix=f"MoMA/prompt_{number}")
     return graph
 
 
 def strength_study() -> Graph:
     """One sheet over strength and weight."""
-    graph = Graph("strength_study", (340, 380, 380, 620))
-    base = _loaders(graph, mllm=True)
-    image = _picture(graph, title=PAINT)
-    _extract(base, image.out("IMAGE"), image.out("MASK"), BEACH)
+    graph = Graph("strength_study", (PICTURE_WIDTH, 340, 380, 380, 620), before=1)
+    loader = _loader(graph)
+    base = _small(graph, loader)
+    _your_picture(graph, loader)
+    _extract(base, loader.out("image"), loader.out("mask"), BEACH, save=False)
+    _how_to(graph)
     positive, negative = _encode(base)
     study = graph.add(
         "MoMAStrengthStudy",
@@ -324,15 +333,13 @@ def strength_study() -> Graph:
         strengths="0.0, 0.4, 0.7, 1.0, 1.2",
         weights="0.6, 1.0",
         seed=1,
-        steps=30,
-        cfg=7.5,
+        **BOTH_WORLDS,
         sampler_name="ddim",
         scheduler="ddim_uniform",
         control_after_generate="fixed",
         asks=("strengths", "weights", "seed"),
     )
     graph.add("SaveImage", 3, images=study.out("sheet"), filename_prefix="MoMA/strength_study", tall=420)
-    graph.note(3, height=190)
     return graph
 
 
@@ -361,7 +368,7 @@ PERSONALIZE = BlueprintText(
 def personalize() -> tuple[Graph, list[Port], list[Port]]:
     """The blueprint: the graph inside, what its node takes and what it gives."""
     graph = Graph("personalize", WIDTHS)
-    base = _loaders(graph, mllm=True)
+    base = _released(graph)
     extract = graph.add(
         "MoMAExtractSubject",
         1,
@@ -405,39 +412,98 @@ OUTSIDE = object()
 """Marks an input that the blueprint's own input is connected to."""
 
 
+def for_photographs(prompt: Json) -> Json:
+    """An API prompt of a workflow that starts in the small world, for who has no editor to switch it.
+
+    Args:
+        prompt: With its muted nodes.
+
+    Returns:
+        The same with the released weights and the paper's settings, its pictures straight from Load Image, so that
+        what looks at them needs no checkpoint.
+    """
+    loaders = {name: node["inputs"] for name, node in prompt.items() if node["class_type"] == "MoMALoadMini"}
+    changes: dict[str, Json] = {
+        "MoMALoad": {"model_name": RELEASED.mllm, "adapter_name": RELEASED.adapter},
+        "MoMALoadMLLM": {"model_name": RELEASED.mllm},
+        "MoMALoadAdapter": {"adapter_name": RELEASED.adapter},
+        "MoMAStrengthStudy": {"cfg": LEARNT["cfg"]},
+    }
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, list) or value[0] not in loaders or value[1] < PARTS:
+            return value
+        return 512 if value[1] == SIZE_SLOT else loaders[value[0]][("image", "mask")[value[1] - PARTS]]
+
+    made: Json = {}
+    for name, node in prompt.items():
+        inputs = {key: plain(value) for key, value in node["inputs"].items()} | changes.get(node["class_type"], {})
+        if node["class_type"] == "KSampler":  # A second pass keeps its own steps.
+            inputs |= LEARNT if inputs["denoise"] == 1 else {"cfg": LEARNT["cfg"]}
+        made[name] = {**node, "inputs": inputs}
+        if node["class_type"] == "LoadImage":
+            made[name]["_meta"] = {"title": PAINT}
+    for name in loaders:
+        made[name] |= {"class_type": "CheckpointLoaderSimple", "_meta": {"title": "Load Checkpoint"}}
+        made[name]["inputs"] = {"ckpt_name": RELEASED.checkpoint}
+    used = {value[0] for node in made.values() for value in node["inputs"].values() if isinstance(value, list)}
+    return {name: node for name, node in made.items() if name not in set(loaders) - used}
+
+
 def _one_subject(name: str, prompt: str, strength: float) -> Graph:
-    graph = Graph(name, WIDTHS)
-    checkpoint = graph.add("CheckpointLoaderSimple", 0, ckpt_name=CHECKPOINT.name, models=[CHECKPOINT])
-    image = _picture(graph, title=PAINT)
-    base = _loaders(graph, mllm=True, checkpoint=checkpoint)
-    _extract(base, image.out("IMAGE"), image.out("MASK"), prompt, save=False)
+    graph = Graph(name, WITH_PICTURE, before=1)
+    loader = _loader(graph)
+    _your_picture(graph, loader)
+    base = _small(graph, loader)
+    _extract(base, loader.out("image"), loader.out("mask"), prompt, save=False)
     encoded = _encode(base)
     _patch(base, strength=strength)
     _sample(base, encoded, name)
     assert base.subject is not None
     graph.add("MoMASaveSubject", 1, subject=base.subject, filename_prefix="cup")
-    graph.note(1, height=290)
+    _how_to(graph)
     return graph
 
 
-def _loaders(graph: Graph, mllm: bool = False, checkpoint: Node | None = None) -> Base:
-    if checkpoint is None:
-        checkpoint = graph.add("CheckpointLoaderSimple", 0, ckpt_name=CHECKPOINT.name, models=[CHECKPOINT])
-    named = {}
-    if mllm:
-        named["mllm"] = graph.add("MoMALoadMLLM", 0, model_name="MoMA_llava_7b")
+def _loader(graph: Graph, **values: Any) -> Node:
+    """The loader of the workflows that start in the small world."""
+    settings = {"ckpt_name": SMALL.checkpoint, "example": "striped cup", "asks": ("example",), **values}
+    return graph.add("MoMALoadMini", 0, **settings)
+
+
+def _your_picture(graph: Graph, loader: Node, title: str = YOURS) -> None:
+    """Where the user's own picture comes in, when it is turned on."""
+    picture = graph.add("LoadImage", -1, image="example.png", muted=True, title=title)
+    loader.values |= {"image": picture.out("IMAGE"), "mask": picture.out("MASK")}
+
+
+def _how_to(graph: Graph) -> None:
+    graph.note(-1, 700, "files", "switch")
+
+
+def _base(graph: Graph, loader: Node, adapter: Node, named: dict[str, Node]) -> Base:
+    outputs = (loader.out("model"), loader.out("clip"), loader.out("vae"), loader.out("size"))
+    return Base(graph, loader, adapter, *outputs, named=named)
+
+
+def _small(graph: Graph, loader: Node, mllm: bool = True) -> Base:
+    """The other loaders of a composed workflow that starts in the small world."""
+    named = {"mllm": graph.add("MoMALoadMLLM", 0, model_name=SMALL.mllm)} if mllm else {}
     own_id = None if mllm else 4
-    adapter = graph.add("MoMALoadAdapter", 0, id=own_id, adapter_name=ADAPTER)
+    return _base(graph, loader, graph.add("MoMALoadAdapter", 0, id=own_id, adapter_name=SMALL.adapter), named)
+
+
+def _released(graph: Graph) -> Base:
+    """All loaders of a composed workflow that needs a downloaded file in any case."""
+    checkpoint = graph.add("CheckpointLoaderSimple", 0, ckpt_name=RELEASED.checkpoint, models=[CHECKPOINT])
+    mllm = graph.add("MoMALoadMLLM", 0, model_name=RELEASED.mllm)
+    adapter = graph.add("MoMALoadAdapter", 0, adapter_name=RELEASED.adapter)
     outputs = (checkpoint.out("MODEL"), checkpoint.out("CLIP"), checkpoint.out("VAE"))
-    return Base(graph, checkpoint, adapter, *outputs, named=named)
+    return Base(graph, checkpoint, adapter, *outputs, named={"mllm": mllm})
 
 
 def _picture(graph: Graph, column: int = 0, **values: Any) -> Node:
     return graph.add("LoadImage", column, image="example.png", asks=("image",), **values)
-
-
-def _saved_subject(graph: Graph, **values: Any) -> Node:
-    return graph.add("MoMALoadSubject", 0, subject_name="cup_00001_.safetensors", asks=("subject_name",), **values)
 
 
 def _extract(base: Base, image: Output, mask: Output, prompt: str, word: str = "cup", save: bool = True) -> Output:
@@ -486,14 +552,24 @@ def _patch(base: Base, column: int = 2, strength: float = 1.0, **region: Any) ->
     base.model = shortcut.out("model")
 
 
-def _canvas(base: Base, column: int, size: tuple[int, int] = (512, 512)) -> Output:
-    return base.graph.add("EmptyLatentImage", column, width=size[0], height=size[1]).out("LATENT")
+def _apply_subject(base: Base, subject: Output, strength: float) -> Output:
+    parts = {"model": base.model, "clip": base.clip, "vae": base.vae, "subject": subject}
+    applied = base.graph.add("MoMAApplySubject", 2, **parts, strength=strength, asks=("strength",))
+    base.model = applied.out("model")
+    return applied.out("positive")
+
+
+def _canvas(base: Base, column: int, size: tuple[int, int] | None = None) -> Output:
+    """As large as the checkpoint draws, or of a size of its own."""
+    width, height = size or (base.size, base.size)
+    return base.graph.add("EmptyLatentImage", column, width=width, height=height).out("LATENT")
 
 
 def _sampler(base: Base, encoded: tuple[Output, Output], column: int, latent: Output, **values: Any) -> Node:
     positive, negative = encoded
     # Room for the line of text that the node shows while it runs.
-    settings = {**SAMPLING, "control_after_generate": "randomize", "tall": 330, "asks": ("seed",), **values}
+    learnt = {} if isinstance(base.size, int) else BOTH_WORLDS
+    settings = {**SAMPLING, **learnt, "control_after_generate": "randomize", "tall": 330, "asks": ("seed",), **values}
     return base.graph.add(
         "KSampler", column, model=base.model, positive=positive, negative=negative, latent_image=latent, **settings
     )
@@ -512,7 +588,7 @@ def _sample(
     base: Base,
     encoded: tuple[Output, Output],
     name: str,
-    size: tuple[int, int] = (512, 512),
+    size: tuple[int, int] | None = None,
     columns: tuple[int, int] = (3, 4),
 ) -> None:
     sampler = _sampler(base, encoded, columns[0], _canvas(base, columns[0], size))

@@ -11,12 +11,16 @@ from safetensors.torch import save_file
 from workbench import ROOT
 from workbench.comfy_server import ComfyServer, Prompt
 from workbench.random_weights import sd15_checkpoint
+from workbench.small_world import CHECKPOINT as SMALL_CHECKPOINT
 from workbench.tiny_models import seeded_weight
 
 API = ROOT / "tests" / "api"
 NAMES = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+STARTS_SMALL = tuple(path.stem for path in sorted((API / "photographs").glob("*.json")))
+"""Those that start in the small world, with the user's picture muted."""
 NEWER_NODES = {"auto_mask": "RemoveBackground"}
 """Workflows with a core node that the oldest supported ComfyUI does not have."""
+CHECKPOINT = "checkpoints/v1-5-pruned-emaonly-fp16.safetensors"
 CONTROLNET = "controlnet/control_v11p_sd15_openpose_fp16.safetensors"
 BIREFNET = "background_removal/birefnet.safetensors"
 LORA = "loras/style.safetensors"
@@ -25,6 +29,11 @@ LORA = "loras/style.safetensors"
 def api(name: str) -> Prompt:
     """A committed API prompt."""
     return dict(json.loads((API / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def photographs(name: str) -> Prompt:
+    """The committed API prompt of one that starts in the small world, switched to photographs."""
+    return api(f"photographs/{name}")
 
 
 def workflow(name: str) -> dict[str, Any]:
@@ -40,17 +49,13 @@ def known_to(info: dict[str, Any]) -> list[str]:
 
 
 def small(prompt: Prompt, size: int = 128, steps: int = 1) -> Prompt:
-    """The same graph at a size for a CPU, with the test's photograph."""
+    """The same graph at a size for a CPU, with the test's photograph; a size that comes by a link stays."""
     for node in prompt.values():
         inputs = node["inputs"]
         if node["class_type"] == "LoadImage":
             inputs["image"] = "photo_masked.png"
-        elif node["class_type"] == "EmptyLatentImage":
+        elif node["class_type"] == "EmptyLatentImage" and not isinstance(inputs["width"], list):
             inputs |= {"width": size, "height": size}
-        elif node["class_type"] == "SolidMask":
-            inputs |= {"width": inputs["width"] * size // 768, "height": size}
-        elif node["class_type"] == "MaskComposite":
-            inputs["x"] = inputs["x"] * size // 768
         elif "steps" in inputs:
             inputs["steps"] = steps
     return prompt
@@ -87,9 +92,12 @@ def _controlnet(path: Path, cache: Path) -> None:
 
 
 def _lora(path: Path, _: Path) -> None:
-    """A LoRA of rank 4 on one attention layer."""
+    """A LoRA of rank 4 on one attention layer of the small world's UNet."""
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
-    weights = {f"{name}.lora_down.weight": (4, 768), f"{name}.lora_up.weight": (320, 4)}
+    with safe_open(ROOT / "weights" / SMALL_CHECKPOINT, "pt") as file:
+        layer = file.get_slice("model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
+        out, into = layer.get_shape()
+    weights = {f"{name}.lora_down.weight": (4, into), f"{name}.lora_up.weight": (out, 4)}
     save_file({key: seeded_weight(6, key, shape) for key, shape in weights.items()}, path)
 
 

@@ -12,10 +12,16 @@ from torch import Tensor
 from ..download.client import fetch
 from ..download.release import ADAPTER_FILE, ADAPTER_NAME, ADAPTER_SIZE, ADDRESS, FOLDER
 from ..host.disk import portable
-from ..host.folders import MODELS, file_names, file_path, model_folder, searched
+from ..host.folders import MODELS, OWN_ADAPTER, OWN_CHECKPOINT, file_names, file_path, model_folder, searched
 from ..host.messages import FileProgress
 from .file import ADAPTER_SUFFIXES, AdapterWeights, is_adapter, read_adapter
 from .networks import AdapterModule, AdapterSizes
+
+BELONG_TOGETHER = (
+    f"Choose what belongs together: an SD1.5 checkpoint and the adapter {ADAPTER_NAME}, or the small checkpoint "
+    f"{OWN_CHECKPOINT} and the adapter {OWN_ADAPTER}."
+)
+"""What to do where an adapter and a model do not fit."""
 
 
 @dataclass(frozen=True)

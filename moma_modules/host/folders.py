@@ -10,8 +10,14 @@ from .disk import check_new_name, portable
 MODELS, SUBJECTS = "moma", "moma_subjects"
 """ComfyUI's keys of the folders of models and of saved subjects, and what these are called."""
 
+CHECKPOINTS = "checkpoints"
+"""ComfyUI's key of its own checkpoints."""
+
 OWN_WEIGHTS = Path(__file__).resolve().parents[2] / "weights"
 """The small models that come with this pack."""
+
+OWN_CHECKPOINT, OWN_MLLM, OWN_ADAPTER = "moma_mini.safetensors", "moma_mini_llava", "moma_mini_adapter.safetensors"
+"""What these are called, in the order in which a graph loads them."""
 
 _SUFFIXES = {MODELS: {".safetensors", ".th"}, SUBJECTS: {".safetensors"}}
 

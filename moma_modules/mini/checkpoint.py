@@ -1,4 +1,4 @@
-"""Loading the small world's checkpoint: SD1.5 in small, in SD1.5's key names.
+"""Loading checkpoints: SD1.5's as ComfyUI does, and the small world's, which is SD1.5 in small, in SD1.5's key names.
 
 ComfyUI's own loader finds a UNet's sizes in the file, but knows SD1.5's layout in SD1.5's sizes only, and it builds the
 text encoder and the VAE in one size. So its classes are given the sizes here, from the file.
@@ -6,6 +6,7 @@ text encoder and the VAE in one size. So its classes are given the sizes here, f
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +34,9 @@ TEXT_HEADS, UNET_HEADS = "text_heads", "unet_heads"
 UNET, TEXT, VAE = "model.diffusion_model.", "cond_stage_model.transformer.text_model.", "first_stage_model."
 """How the weights of the parts begin, as in SD1.5's checkpoints."""
 
+SIDE, SD15_SIDE = 128, 512
+"""Pixels of the pictures that the small world and SD1.5 learnt to draw."""
+
 
 _STAND_IN: dict[str, Any] = {
     "double_z": True,
@@ -48,6 +52,25 @@ _STAND_IN: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """What one file holds.
+
+    Attributes:
+        small: Whether it is of the small world.
+    """
+
+    model: Any
+    clip: Any
+    vae: Any
+    small: bool
+
+    @property
+    def side(self) -> int:
+        """Pixels, across and down, of the pictures that it learnt to draw."""
+        return SIDE if self.small else SD15_SIDE
+
+
 class MiniSD15(comfy.supported_models.SD15):
     """SD1.5 in other sizes."""
 
@@ -58,6 +81,24 @@ def is_mini_checkpoint(path: Path) -> bool:
     """Whether a file says that it is such a checkpoint."""
     found = summary(path)
     return found is not None and found.format == FORMAT
+
+
+def load_checkpoint(path: Path, embeddings: list[str]) -> Checkpoint:
+    """Load a file of the small world, or any other as ComfyUI's Load Checkpoint does.
+
+    Args:
+        embeddings: ComfyUI's folders of textual inversions.
+
+    Raises:
+        ValueError: A file of the small world is incomplete.
+        RuntimeError: ComfyUI does not know what the file is.
+    """
+    if is_mini_checkpoint(path):
+        return Checkpoint(*load_mini_checkpoint(path, embeddings), small=True)
+    model, clip, vae = comfy.sd.load_checkpoint_guess_config(
+        str(path), output_vae=True, output_clip=True, embedding_directory=embeddings
+    )[:3]
+    return Checkpoint(model, clip, vae, small=False)
 
 
 def load_mini_checkpoint(path: Path, embeddings: list[str] | None = None, dynamic: bool = True) -> tuple[Any, Any, Any]:
@@ -75,8 +116,8 @@ def load_mini_checkpoint(path: Path, embeddings: list[str] | None = None, dynami
     metadata = metadata or {}
     if metadata.get("format") != FORMAT:
         raise ValueError(
-            f"{path} is not MoMA's small checkpoint (its format is {metadata.get('format')!r}). Load any other "
-            "checkpoint with Load Checkpoint."
+            f"{path} is not MoMA's small checkpoint (its format is {metadata.get('format')!r}). Choose it "
+            "in Load MoMA Checkpoint, which loads both kinds."
         )
     missing = [start for start in (UNET, TEXT, VAE) if not any(key.startswith(start) for key in weights)]
     if missing:

@@ -1,4 +1,4 @@
-"""The small world's files as nodes offer them: checkpoints in the model folders, and pictures of this pack's own."""
+"""Checkpoints as nodes offer them, those of the small world first, and pictures of this pack's own."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..host.folders import MODELS, OWN_WEIGHTS, file_names, file_path, searched
+from ..host.folders import CHECKPOINTS, MODELS, OWN_WEIGHTS, file_names, file_path, searched
 from .checkpoint import is_mini_checkpoint
 
 _EXAMPLES = OWN_WEIGHTS / "examples"
@@ -19,18 +19,24 @@ def mini_names() -> list[str]:
     return sorted(name for name, path in paths.items() if path is not None and is_mini_checkpoint(path))
 
 
-def mini_path(name: str) -> Path:
-    """The file of a small checkpoint.
+def checkpoint_names() -> list[str]:
+    """The small checkpoints, then ComfyUI's own checkpoints, each by relative name."""
+    return list(dict.fromkeys([*mini_names(), *file_names(CHECKPOINTS)]))
+
+
+def checkpoint_path(name: str) -> Path:
+    """The file of a checkpoint of `checkpoint_names`.
 
     Raises:
         FileNotFoundError: Saying where was looked for it and what was found.
     """
-    path = file_path(MODELS, name) if name in mini_names() else None
+    small = name in mini_names()
+    path = file_path(MODELS if small else CHECKPOINTS, name)
     if path is None:
         raise FileNotFoundError(
-            f"ckpt_name: there is no small checkpoint {name!r}. {searched(MODELS, mini_names())} One comes with this "
-            f"pack, in {OWN_WEIGHTS}: if it is not there, install the pack again. Other checkpoints are loaded with "
-            "Load Checkpoint."
+            f"ckpt_name: there is no checkpoint {name!r}. {searched(CHECKPOINTS, file_names(CHECKPOINTS))} Choose one "
+            "that is there, or put an SD1.5 checkpoint there and press R. The small one comes with this pack, in "
+            f"{OWN_WEIGHTS}: if it is not there, install the pack again."
         )
     return path
 

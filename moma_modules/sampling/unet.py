@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from ..adapter.loading import Adapter
+from ..adapter.loading import BELONG_TOGETHER, Adapter
 
 BLOCKS: tuple[tuple[str, int], ...] = (
     *(("input", i) for i in (1, 2, 4, 5, 7, 8)),
@@ -29,13 +29,13 @@ def check_model(model: Any, adapter: Adapter) -> None:
     if context != adapter.sizes.context:
         raise ValueError(
             f"model is {name} with text embeddings of size {context}; the adapter {adapter.name} was made for size "
-            f"{adapter.sizes.context} (SD1.5). Load an SD1.5 checkpoint."
+            f"{adapter.sizes.context}. {BELONG_TOGETHER}"
         )
     if sizes != adapter.sizes.layers:
         layer = next(i for i in range(len(sizes)) if sizes[i] != adapter.sizes.layers[i])
         raise ValueError(
             f"model is {name}; its attention layer {layer} has {sizes[layer]} channels, the adapter {adapter.name} "
-            f"has {adapter.sizes.layers[layer]}. Load an SD1.5 checkpoint."
+            f"has {adapter.sizes.layers[layer]}. {BELONG_TOGETHER}"
         )
 
 

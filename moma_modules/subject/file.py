@@ -35,7 +35,8 @@ def subject_path(name: str) -> Path:
         return path
     raise FileNotFoundError(
         f"subject_name: there is no saved subject {name!r}. {searched(SUBJECTS, subject_names())} "
-        "Save one with Save MoMA Subject, or copy a file there, then press R to refresh."
+        "Save one with Save MoMA Subject, as the workflow new_context does, or copy a file there, then press R to "
+        "refresh."
     )
 
 

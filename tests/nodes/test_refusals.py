@@ -70,7 +70,9 @@ def test_sdxl(adapter: Any, subject: Any) -> None:
     ],
 )
 def test_a_model_of_other_sizes(adapter: Any, subject: Any, unet: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^model is SD15.*{message}"):
+    with pytest.raises(
+        ValueError, match=f"^model is SD15.*{message}.* Choose what belongs together: an SD1.5 checkpoint"
+    ):
         apply(tiny_model(unet), adapter, subject)
 
 
@@ -89,6 +91,12 @@ def test_a_broken_region_mask(model: Any, adapter: Any, subject: Any) -> None:
     for region in (torch.zeros(0, 4, 4), torch.full((1, 4, 4), torch.nan)):
         with pytest.raises(ValueError, match="^region_mask is empty or holds NaN"):
             apply(model, adapter, subject, region_mask=region)
+
+
+def test_no_picture(adapter: Any) -> None:
+    """Of Load MoMA Checkpoint with a whole checkpoint and no image connected."""
+    with pytest.raises(ValueError, match=r"^image has no picture: .*Unmute the Load Image before it.*Ctrl\+M"):
+        ExtractSubject.execute(None, adapter, None, "cup", "A cup.", "squash")
 
 
 def test_a_vae_that_gives_nan(model: Any, adapter: Any, subject: Any) -> None:

@@ -15,14 +15,13 @@ from threading import Thread
 
 import numpy as np
 import pytest
-from comfyui_source import cache_dir
 from PIL import Image
-from workflow_files import api, small
+from workflow_files import photographs, small
 
 from workbench import ROOT
 from workbench.bootstrap import comfyui_path
 from workbench.comfy_server import ComfyServer, ExecutionFailedError
-from workbench.random_weights import adapter_file, llava_folder, sd15_checkpoint
+from workbench.small_world import in_small_world
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
@@ -37,21 +36,15 @@ def block(language: str) -> str:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    folder = tmp_path_factory.mktemp("models") / "MoMA_llava_7b"
-    adapter_file(llava_folder(folder))
-    models = {
-        "checkpoints/v1-5-pruned-emaonly-fp16.safetensors": sd15_checkpoint(cache_dir()),
-        "moma/MoMA_llava_7b": folder,
-    }
-    with ComfyServer(comfyui_path(), tmp_path_factory.mktemp("server"), models) as started:
+    with ComfyServer(comfyui_path(), tmp_path_factory.mktemp("server")) as started:
         yield started
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the page says is there: the graph and the photograph."""
+    """What the page says is there: the graph, in the small world, and the photograph."""
     path = tmp_path_factory.mktemp("client")
-    prompt = small(api("new_context"))
+    prompt = small(in_small_world(photographs("new_context")))
     next(node for node in prompt.values() if node["class_type"] == "LoadImage")["inputs"]["image"] = "example.png"
     (path / "new_context.json").write_text(json.dumps(prompt), encoding="utf-8")
     shutil.copyfile(PHOTO, path / "photo.png")
@@ -80,7 +73,7 @@ def test_curl_and_python_give_the_same_picture(server: ComfyServer, folder: Path
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    ran = program(folder, server, "photo.png", "cup", "A cup on a beach at sunset.", "out.png")
+    ran = program(folder, server, "photo.png", "cup", "A cup on a beach.", "out.png")
     assert ran.returncode == 0 and ran.stdout == "Wrote out.png\n", ran.stdout + ran.stderr
     first, second = pixels(folder / "picture.png"), pixels(folder / "out.png")
     assert first.shape == (128, 128, 3) and first.std() > 1 and np.array_equal(first, second)
@@ -104,7 +97,7 @@ def test_errors_before_it_runs_are_the_nodes_own_words(server: ComfyServer, fold
     ran = program(folder, server, "photo.png", "cup", "A cup.", "none.png", "--graph", "bad.json")
     assert ran.returncode == 1
     assert "adapter_name: there is no adapter 'gone.th'. Searched:" in ran.stderr
-    assert "Found: MoMA_llava_7b/attn_adapters_projectors.th, moma_mini_adapter.safetensors. Download" in ran.stderr
+    assert "Found: moma_mini_adapter.safetensors. Download" in ran.stderr
 
 
 class Forgetful(BaseHTTPRequestHandler):

@@ -7,18 +7,17 @@ from typing import Any
 
 import pytest
 from browser import SETTINGS, WAIT, Editor, open_browser, open_editor
-from comfyui_source import cache_dir
-from workflow_files import API, BIREFNET, CONTROLNET, LORA, NAMES, api, workflow
+from workflow_files import API, BIREFNET, CHECKPOINT, CONTROLNET, LORA, NAMES, STARTS_SMALL, api, workflow
 
 from workbench import ROOT
 from workbench.bootstrap import comfyui_path
 from workbench.comfy_server import ComfyServer, PromptRefusedError
-from workbench.random_weights import adapter_file, llava_folder, sd15_checkpoint
+from workbench.random_weights import adapter_file, llava_folder
 
 pytestmark = [pytest.mark.server, pytest.mark.browser, pytest.mark.slow]
 SUBJECT = "cup_00001_.safetensors"
 SAVED = "new_context_00001_.png"
-RUNS, NEVER_RUNS = 0, 2
+RUNS, MUTED = 0, 2
 """Modes of a node."""
 TERMS = ("model", "positive", "negative", "latent_image", "seed", "steps", "sampler_name", "scheduler", "denoise")
 """What the pack names as ComfyUI's own sampler does, in every language."""
@@ -28,15 +27,11 @@ LOCALIZED = """kind => Object.fromEntries(
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """A server where every file that a workflow names is listed; only the MoMA weights have content."""
-    folder = tmp_path_factory.mktemp("models")
-    adapter_file(llava_folder(folder / "MoMA_llava_7b"))
-    models = {
-        "checkpoints/v1-5-pruned-emaonly-fp16.safetensors": sd15_checkpoint(cache_dir()),
-        "moma/MoMA_llava_7b": folder / "MoMA_llava_7b",
-    }
-    with ComfyServer(comfyui_path(), tmp_path_factory.mktemp("server"), models) as started:
-        for name in (CONTROLNET, BIREFNET, LORA):
+    """A server where every file that a workflow names is listed; only MoMA's weights have content."""
+    folder = tmp_path_factory.mktemp("models") / "MoMA_llava_7b"
+    adapter_file(llava_folder(folder))
+    with ComfyServer(comfyui_path(), tmp_path_factory.mktemp("server"), {"moma/MoMA_llava_7b": folder}) as started:
+        for name in (CHECKPOINT, CONTROLNET, BIREFNET, LORA):
             (started.base / "models" / name).parent.mkdir(exist_ok=True)
             (started.base / "models" / name).touch()
         (started.output / "moma_subjects").mkdir()
@@ -79,6 +74,25 @@ def test_a_workflow_opens_as_it_was_meant(editor: Editor, name: str) -> None:
         with editor.app_view() as asked:
             assert asked == [text for _, text in workflow(name)["extra"]["linearData"]["inputs"]]
     assert editor.errors == []
+
+
+@pytest.mark.parametrize("name", STARTS_SMALL)
+def test_the_users_picture_is_wired_and_off_until_it_is_unmuted(editor: Editor, name: str) -> None:
+    """Ctrl+M on it is all: then the loader gets picture and mask."""
+    editor.load(workflow(name), name)
+    loaders = [node for node in editor.prompt().values() if node["class_type"] == "MoMALoadMini"]
+    assert loaders and all(set(node["inputs"]) == {"ckpt_name", "example"} for node in loaders)
+    editor.page.evaluate("() => { app.canvas.selectItems(app.graph.nodes.filter(n => n.type === 'LoadImage')) }")
+    editor.page.locator("#graph-canvas").focus()
+    editor.page.keyboard.press("Control+m")
+    prompt = editor.prompt()
+    pictures = [name for name, node in prompt.items() if node["class_type"] == "LoadImage"]
+    given = [
+        (node["inputs"]["image"], node["inputs"]["mask"])
+        for node in prompt.values()
+        if node["class_type"] == "MoMALoadMini"
+    ]
+    assert given == [([picture, 0], [picture, 1]) for picture in pictures]
 
 
 def test_a_workflow_of_before_an_input_keeps_its_default(editor: Editor) -> None:
@@ -133,7 +147,7 @@ def test_the_app_view_shows_what_is_saved(editor: Editor) -> None:
     (link,) = [link for link in graph["links"] if link[3] == save["id"]]
     link[1:3] = [load["id"], 0]
     for node in graph["nodes"]:
-        node["mode"] = RUNS if node in (save, load) else NEVER_RUNS
+        node["mode"] = RUNS if node in (save, load) else MUTED
     editor.load(graph, "app")
     with editor.app_view():
         picture = editor.page.get_by_test_id("linear-center-panel").locator(f"img[src*='{SAVED}']").first
@@ -223,8 +237,7 @@ def extraction_only(editor: Editor, subject: str, prompt: str, template: str = "
     editor.load(shown, "choices")
     editor.page.evaluate(
         """() => {
-            const kinds = ['CheckpointLoaderSimple', 'LoadImage', 'MoMALoadMLLM', 'MoMALoadAdapter',
-                           'MoMAExtractSubject', 'MoMATextEncode']
+            const kinds = ['MoMALoadMini', 'MoMALoadMLLM', 'MoMALoadAdapter', 'MoMAExtractSubject', 'MoMATextEncode']
             app.graph.nodes.filter(node => !kinds.includes(node.type)).forEach(node => app.graph.remove(node))
             const encode = app.graph.nodes.find(node => node.type === 'MoMATextEncode')
             const preview = LiteGraph.createNode('PreviewAny')

@@ -1,4 +1,4 @@
-"""The small world through the server, as who has nothing else runs it."""
+"""The small world through the server, as who has nothing else runs it: every template that starts in it."""
 
 import copy
 import io
@@ -8,13 +8,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from comfy_cli.workflow_to_api import convert_ui_to_api
 from PIL import Image
+from workflow_files import STARTS_SMALL, api, workflow
 
 from workbench import ROOT
 from workbench.bootstrap import comfyui_path
-from workbench.comfy_server import ComfyServer, PromptRefusedError
+from workbench.comfy_server import ComfyServer, ExecutionFailedError, PromptRefusedError
+from workbench.random_weights import adapter_file, llava_folder
 
 pytestmark = pytest.mark.server
+RELEASED = {
+    "MoMALoad": {"model_name": "MoMA_llava_7b", "adapter_name": "MoMA_llava_7b/attn_adapters_projectors.th"},
+    "MoMALoadMLLM": {"model_name": "MoMA_llava_7b"},
+    "MoMALoadAdapter": {"adapter_name": "MoMA_llava_7b/attn_adapters_projectors.th"},
+}
+"""What the loaders choose for photographs."""
 
 TEMPLATE: dict[str, Any] = json.loads((ROOT / "tests" / "api" / "try_it.json").read_text("utf-8"))
 
@@ -64,5 +73,109 @@ def test_a_wrong_name_is_refused_before_anything_runs(server: ComfyServer) -> No
     prompt = copy.deepcopy(TEMPLATE)
     (mini,) = [node for node in prompt.values() if node["class_type"] == "MoMALoadMini"]
     mini["inputs"]["ckpt_name"] = "v1-5.safetensors"
-    with pytest.raises(PromptRefusedError, match=r"ckpt_name: there is no small checkpoint 'v1-5\.safetensors'"):
+    with pytest.raises(PromptRefusedError, match=r"ckpt_name: there is no checkpoint 'v1-5\.safetensors'"):
         server.run(prompt)
+
+
+def is_a_picture(picture: np.ndarray) -> bool:
+    """Whether there is something on it, and neighbours are alike: those of noise differ as any two pixels do."""
+    return picture.std() > 20 and np.abs(np.diff(picture, axis=1)).mean() < picture.std() / 2
+
+
+def test_noise_and_one_colour_are_no_pictures() -> None:
+    assert not is_a_picture(np.random.default_rng(1).integers(0, 256, (128, 128, 3)))
+    assert not is_a_picture(np.full((128, 128, 3), 90))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STARTS_SMALL)
+def test_the_first_run_of_a_template_succeeds(server: ComfyServer, name: str) -> None:
+    """As it opens, with no file installed and nothing changed."""
+    found = pictures(server, api(name))
+    assert found and all(map(is_a_picture, found.values()))
+    sizes = {"hires_fix": (256, 256, 3), "two_subjects": (128, 256, 3)}
+    if name != "strength_study":
+        assert {picture.shape for picture in found.values()} == {sizes.get(name, (128, 128, 3))}
+    if name in ("simple", "new_context"):
+        (picture,) = found.values()
+        sky, sand = picture[:12].mean(axis=(0, 1)), picture[-8:].mean(axis=(0, 1))
+        assert sky[2] > sky[0] + 20 and sand[0] > sand[2] + 20  # blue above, yellow below: a beach
+
+
+@pytest.mark.slow
+def test_a_saved_subject_needs_one_run_before(server: ComfyServer) -> None:
+    """Which its refusal says, and which new_context is."""
+    server.run(few_steps(api("new_context")))
+    (picture,) = pictures(server, api("from_subject")).values()
+    assert is_a_picture(picture)
+
+
+def few_steps(prompt: dict[str, Any]) -> dict[str, Any]:
+    """The same graph in two steps."""
+    for node in prompt.values():
+        if "steps" in node["inputs"]:
+            node["inputs"]["steps"] = 2
+    return prompt
+
+
+def unmuted(server: ComfyServer, name: str) -> dict[str, Any]:
+    """What the editor queues of a template when its muted nodes are turned on."""
+    graph = workflow(name)
+    for node in graph["nodes"]:
+        node["mode"] = 0
+    return dict(convert_ui_to_api(graph, server.object_info()))
+
+
+@pytest.mark.parametrize("name", ["simple", "new_context"])
+def test_a_picture_that_is_unmuted_takes_the_examples_place(server: ComfyServer, name: str) -> None:
+    """To the bit what the example of that name gives."""
+    server.add_input(ROOT / "weights" / "examples" / "two-coloured_car.png")
+    own, same = few_steps(unmuted(server, name)), few_steps(api(name))
+    (picture,) = [node for node in own.values() if node["class_type"] == "LoadImage"]
+    picture["inputs"]["image"] = "two-coloured_car.png"
+    (mini,) = [node for node in same.values() if node["class_type"] == "MoMALoadMini"]
+    mini["inputs"]["example"] = "two-coloured car"
+    (of_file,), (of_example,) = pictures(server, own).values(), pictures(server, same).values()
+    assert np.array_equal(of_file, of_example)
+    assert not np.array_equal(of_file, *pictures(server, few_steps(api(name))).values())
+
+
+def test_a_picture_without_a_painted_mask_is_refused_with_a_way_out(server: ComfyServer) -> None:
+    """As ComfyUI's own example.png is, which the muted node names."""
+    Image.new("RGB", (64, 48), (90, 120, 30)).save(server.input / "example.png")
+    with pytest.raises(ExecutionFailedError, match=r"^MoMAExtractSubject: mask is empty: no pixel is marked"):
+        server.run(few_steps(unmuted(server, "new_context")))
+
+
+@pytest.fixture(scope="module")
+def with_released(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """A server that has files as released beside the small ones, with random weights."""
+    folder = tmp_path_factory.mktemp("models") / "MoMA_llava_7b"
+    adapter_file(llava_folder(folder))
+    with ComfyServer(comfyui_path(), tmp_path_factory.mktemp("both"), {"moma/MoMA_llava_7b": folder}) as started:
+        yield started
+
+
+def test_the_released_files_with_the_small_checkpoint_are_refused(with_released: ComfyServer) -> None:
+    for name, kind in (("simple", "MoMAApplySubject"), ("new_context", "MoMAApplyAdapter")):
+        prompt = few_steps(api(name))
+        for node in prompt.values():
+            node["inputs"] |= RELEASED.get(node["class_type"], {})
+        with pytest.raises(
+            ExecutionFailedError, match=r"Choose what belongs together: an SD1\.5 checkpoint"
+        ) as failure:
+            with_released.run(prompt)
+        assert failure.value.node_type == kind
+
+
+@pytest.mark.parametrize("kind", ["MoMALoadMLLM", "MoMALoadAdapter"])
+def test_one_released_file_with_a_small_one_is_refused(with_released: ComfyServer, kind: str) -> None:
+    prompt = few_steps(api("new_context"))
+    for node in prompt.values():
+        if node["class_type"] == kind:
+            node["inputs"] |= RELEASED[kind]
+    with pytest.raises(
+        ExecutionFailedError, match="they do not belong together. Choose both of MoMA's release"
+    ) as failure:
+        with_released.run(prompt)
+    assert failure.value.node_type == "MoMAExtractSubject"

@@ -14,6 +14,7 @@ from comfyui_moma.moma_modules.download.release import FOLDER, MLLM_FILES, REPOS
 from hub_server import HubFile, HubServer
 from PIL import Image
 from safetensors.numpy import load_file
+from workflow_files import STARTS_SMALL, photographs
 from workflow_files import api as committed
 
 from workbench import ROOT
@@ -29,7 +30,7 @@ FILE_LISTS = ("ckpt_name", "model_name", "adapter_name", "subject_name")
 
 def api(name: str) -> Prompt:
     """A committed API prompt in the small world: two steps, a small wide picture, the test's photograph."""
-    prompt = in_small_world(committed(name), steps=2, photo=True)
+    prompt = in_small_world(photographs(name) if name in STARTS_SMALL else committed(name), steps=2)
     for node in prompt.values():
         if node["class_type"] == "LoadImage":
             node["inputs"]["image"] = "photo_masked.png"
@@ -121,7 +122,7 @@ def test_nodes_can_be_found_and_explain_themselves(bare: ComfyServer) -> None:
 
 def test_missing_files_are_named_before_anything_runs(bare: ComfyServer) -> None:
     with pytest.raises(PromptRefusedError) as refusal:
-        bare.run(committed("new_context"))
+        bare.run(photographs("new_context"))
     message = str(refusal.value)
     folder = str(bare.base / "models" / "moma")
     for part in ("there is no MLLM 'MoMA_llava_7b'", "there is no adapter", folder, "huggingface.co/Kunpeng"):

@@ -40,7 +40,7 @@ def editor(server: ComfyServer) -> Iterator[Editor]:
 
 def runnable(prompt: Prompt) -> Prompt:
     """The same graph in the small world and in one step, without the nodes whose files that has not."""
-    changed = in_small_world(prompt, steps=1, photo=True)
+    changed = in_small_world(prompt, steps=1)
     gone = {name: node for name, node in changed.items() if node["class_type"] in PASSED_BY}
     for node in changed.values():
         inputs = node["inputs"]

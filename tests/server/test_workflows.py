@@ -15,18 +15,36 @@ from comfy_cli.workflow_to_api import convert_ui_to_api
 from comfyui_source import cache_dir
 from make_workflows import files
 from PIL import Image
-from workflow_files import API, NAMES, NEWER_NODES, add_weights, api, known_to, small, workflow
+from workflow_files import (
+    API,
+    NAMES,
+    NEWER_NODES,
+    STARTS_SMALL,
+    add_weights,
+    api,
+    known_to,
+    photographs,
+    small,
+    workflow,
+)
 
 from workbench import ROOT
 from workbench.bootstrap import comfyui_path
-from workbench.comfy_server import ComfyServer, Prompt, PromptRefusedError, Run
+from workbench.comfy_server import ComfyServer, ExecutionFailedError, Prompt, PromptRefusedError, Run
 from workbench.random_weights import adapter_file, llava_folder, sd15_checkpoint
 from workbench.small_world import in_small_world
 
 pytestmark = pytest.mark.server
 DATA = ROOT / "tests" / "data"
 Workflows = Callable[[str], tuple[Prompt, Run]]
-OF_WHOLE_SD15 = ("pose", "style_lora", "try_it")
+OF_WHOLE_SD15 = ("pose",)
+NEEDS = {
+    "auto_mask": {"CheckpointLoaderSimple", "LoadBackgroundRemovalModel"},
+    "pose": {"CheckpointLoaderSimple", "ControlNetLoader"},
+    "style_lora": {"CheckpointLoaderSimple"},
+}
+"""Workflows that need a download in any case, and the nodes that tell the editor of it."""
+MUTED = 2
 OUTPUTS = ("SaveImage", "MoMASubjectMask", "MoMASaveSubject")
 
 
@@ -86,8 +104,9 @@ def pictures(server: ComfyServer, prompt: Prompt, run: Run, kind: str = "SaveIma
 
 
 def made_small(name: str, steps: int = 1) -> Prompt:
-    """A workflow in the small world, but where a file for the whole SD1.5 is loaded beside it."""
-    return small(api(name) if name in OF_WHOLE_SD15 else in_small_world(api(name), photo=True), steps=steps)
+    """A workflow in the small world, but where a file for the whole SD1.5 is loaded beside it; with the photograph."""
+    prompt = photographs(name) if name in STARTS_SMALL else api(name)
+    return small(prompt if name in OF_WHOLE_SD15 else in_small_world(prompt), steps=steps)
 
 
 def inputs(prompt: Prompt, kind: str) -> dict[str, Any]:
@@ -135,7 +154,26 @@ def test_notes_packs_and_downloads_are_in_the_files() -> None:
                 # What the editor's list of files has: it calls others missing.
                 assert model["name"].endswith(".safetensors")
         with_models = {node["type"] for node in nodes if node["properties"].get("models")}
-        assert ("CheckpointLoaderSimple" in with_models) == (name != "try_it")  # It needs no file.
+        assert with_models == NEEDS.get(name, set())
+        (note,) = [node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote"]
+        assert ("attn_adapters_projectors.th" in note) == (name != "try_it")  # what it takes for photographs
+
+
+def test_what_starts_in_the_small_world_is_for_photographs_after_three_choices() -> None:
+    """Its twin for photographs has other files, and the picture straight from Load Image; nothing else is lost."""
+    assert sorted([*STARTS_SMALL, *NEEDS, "try_it", "from_subject"]) == NAMES
+    for name in STARTS_SMALL:
+        nodes = {str(node["id"]): node for node in workflow(name)["nodes"]}
+        muted = {number for number, node in nodes.items() if node["mode"] == MUTED}
+        assert muted and {nodes[number]["type"] for number in muted} == {"LoadImage"}
+        assert all("unmute: Ctrl+M" in nodes[number]["title"] for number in muted)
+        own, twin = api(name), photographs(name)
+        assert set(twin) - set(own) == muted and "moma_mini" not in str(twin)
+        gone = {own[number]["class_type"] for number in set(own) - set(twin)}
+        assert gone <= {"MoMALoadMini"}
+        assert {node["class_type"] for node in twin.values()} ^ {node["class_type"] for node in own.values()} == {
+            *("MoMALoadMini", "CheckpointLoaderSimple", "LoadImage")
+        }
 
 
 def test_the_workflows_pass_comfy_clis_validation(
@@ -181,7 +219,7 @@ def test_each_workflow_runs_to_the_end(server: ComfyServer, ran: Workflows, name
 )
 def test_an_extra_changes_the_picture(server: ComfyServer, ran: Workflows, name: str, kind: str, strength: str) -> None:
     """The random ControlNet and LoRA are loaded and act."""
-    without = small(api(name))
+    without = made_small(name)
     inputs(without, kind)[strength] = 0.0
     assert not np.array_equal(pictures(server, *ran(name))[0], pictures(server, without, server.run(without))[0])
 
@@ -194,7 +232,7 @@ def test_the_blueprint_gives_what_new_context_gives(server: ComfyServer, first: 
     (decode,) = [name for name, node in prompt.items() if node["class_type"] == "VAEDecode"]
     extract["inputs"] |= {"image": ["2", 0], "mask": ["2", 1]}
     prompt["3"] = {"class_type": "SaveImage", "inputs": {"images": [decode, 0], "filename_prefix": "b"}, "_meta": {}}
-    found = pictures(server, prompt, server.run(small(in_small_world(prompt, photo=True))))
+    found = pictures(server, prompt, server.run(small(in_small_world(prompt))))
     assert np.array_equal(found[0], pictures(server, *first)[0])
 
 
@@ -209,6 +247,21 @@ def test_each_cell_of_the_study_is_the_picture_of_those_numbers(server: ComfySer
     assert np.array_equal(high, pictures(server, *first)[0])
     assert not np.array_equal(low, high) and not np.array_equal(low, off)
     assert sheet.shape[1] > 3 * 128 and sheet.shape[0] > 128
+
+
+@pytest.mark.slow
+def test_a_real_checkpoint_says_what_else_to_choose(server: ComfyServer) -> None:
+    """In Load MoMA Checkpoint, with all else as the workflow opens: first the picture, then the adapter."""
+    prompt = small(api("new_context"))
+    inputs(prompt, "MoMALoadMini")["ckpt_name"] = "v1-5-pruned-emaonly-fp16.safetensors"
+    with pytest.raises(
+        ExecutionFailedError, match=r"^MoMAExtractSubject: image has no picture: .*Unmute the Load Image"
+    ):
+        server.run(prompt)
+    prompt["photo"] = {"class_type": "LoadImage", "inputs": {"image": "photo_masked.png"}, "_meta": {"title": ""}}
+    inputs(prompt, "MoMALoadMini").update(image=["photo", 0], mask=["photo", 1])
+    with pytest.raises(ExecutionFailedError, match=r"^MoMAApplyAdapter: model is SD15 .* Choose what belongs together"):
+        server.run(prompt)
 
 
 def test_a_study_that_makes_no_sense_is_refused_before_it_runs(server: ComfyServer) -> None:
