@@ -89,7 +89,12 @@ def subject_hidden_states(
     _bring_to_device(loaded.patcher)
     pixels = pixel_values(image, mask, mllm.image_size)
     instructions = [prompt_ids(mllm.tokenizer, *text) for text in texts]
-    yield from looks(loaded, content_hash(repr(image.shape), image.tobytes(), mask.tobytes()), pixels, instructions)
+    yield from looks(loaded, picture_key(image, mask), pixels, instructions)
+
+
+def picture_key(image: np.ndarray, mask: np.ndarray) -> str:
+    """Names a picture [H, W, 3] uint8 with its mask [H, W] bool by their content."""
+    return content_hash(repr(image.shape), image.tobytes(), mask.tobytes())
 
 
 def looks(loaded: LoadedMllm, picture: str, pixels: Tensor, instructions: Sequence[list[int]]) -> Iterator[Tensor]:
