@@ -55,7 +55,7 @@ def processes(precisions: list[str], full: bool, cuda: bool) -> list[list[str]]:
 
 
 def measure(session: Session, case: str) -> dict[str, Any]:
-    """`load_s`, `peak_mb`, `forward_s` (a first look), `next_s`, `ten_s`, `cast_s` (see `_cast_all`); `flops` of a first
+    """`load_s`, `peak_mb`, `forward_s` (a first look), `next_s`, `ten_s`, `cast_s` (`_cast_all`); `flops` of a first
     look's products, `flops_per_s` of such a product alone, and `computed_in`, the dtype that the last matrix was given.
 
     Or `refused`, the message, where a precision needs what is not there.
