@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -126,7 +126,7 @@ class Entries(Generic[Entry]):
                 self._answers[picture, text] = hidden
 
 
-_ENTRIES: WeakKeyDictionary[Mllm, Entries] = WeakKeyDictionary()
+_ENTRIES: WeakKeyDictionary[Mllm, Entries[Any]] = WeakKeyDictionary()
 """Of each model, for the node that runs now; gone with the last entry, or where one fails."""
 
 
@@ -141,7 +141,7 @@ def note_entry(mllm: Mllm, make: Callable[[], Asking]) -> None:
 
 
 @contextmanager
-def executing_entry(mllm: Mllm) -> Iterator[tuple[Entries, int]]:
+def executing_entry(mllm: Mllm) -> Iterator[tuple[Entries[Any], int]]:
     """For as long as one entry runs: the entries, and its number from 0. An error about it names it."""
     node, number = _place()
     entries = _ENTRIES.get(mllm)
