@@ -92,7 +92,7 @@ def _times(folder: Path, size: "LlavaSize", precision: str, rounds: int) -> dict
     from comfyui_moma.moma_modules.mllm.loading import load_mllm
 
     pictures = np.random.default_rng(0)
-    shown = []
+    shown: list[np.ndarray] = []
     mask = np.ones((PICTURE, PICTURE), dtype=bool)
     meter = MemoryMeter()
     before = meter.now_mb()

@@ -59,8 +59,8 @@ def execute(mllm: Mllm, adapter: Any, **lists: Any) -> list[Any]:
     node, prompt = ExtractSubject(), uuid4().hex
 
     async def call(function: str) -> list[Any]:
-        shown = {"v3_data": {"hidden_inputs": {}}}
-        return await execution._async_map_node_over_list(prompt, "7", node, given, function, **shown)
+        hidden: dict[str, Any] = {"hidden_inputs": {}}
+        return await execution._async_map_node_over_list(prompt, "7", node, given, function, v3_data=hidden)
 
     async def both() -> list[Any]:
         await call("check_lazy_status")
@@ -90,7 +90,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
 def test_a_list_is_one_forward_for_each_picture_and_gives_what_one_by_one_gives(folder: Path, adapter: Any) -> None:
     half = torch.zeros(1, 40, 40)
     half[..., :20] = 1
-    lists = {
+    lists: dict[str, list[Any]] = {
         "image": [picture(0), picture(0), picture(1), picture(2, count=2)],
         "prompt": [*PROMPTS, PROMPTS[0]],
         "subject": ["car", "stuffed animal"],  # of a shorter list the last one goes on being used
