@@ -132,16 +132,20 @@ def test_where_nothing_is_kept_a_bad_entry_is_named_first(folder: Path, adapter:
 def test_a_result_with_nan_names_its_entry(folder: Path, adapter: Any) -> None:
     mllm = load_mllm(folder, "fp32")
     first, second, third = ({*prompt_ids(mllm.tokenizer, "car", prompt)} for prompt in PROMPTS)
+    embedded, of_third = mllm.loaded.module.language.embed_tokens.weight, list(third - first - second)
     with torch.inference_mode():
-        mllm.loaded.module.language.embed_tokens.weight[list(third - first - second)] = torch.nan
-    with pytest.raises(ValueError, match=r"^Entry 3 of the list: mllm \S+ gave NaN for this picture and prompt"):
-        execute(mllm, adapter, image=[picture(0)], prompt=PROMPTS)
-    assert kept() == 2  # though NaN reaches all that are in one forward
-    with pytest.raises(ValueError, match="^mllm"):
-        execute(mllm, adapter, image=[picture(1)], prompt=PROMPTS[2:])
-    assert execute(
-        mllm, adapter, image=[picture(1)], prompt=PROMPTS[:1]
-    )  # nor is it kept for the picture's next prompt
+        before = embedded[of_third].clone()
+        embedded[of_third] = torch.nan
+    try:
+        with pytest.raises(ValueError, match=r"^Entry 3 of the list: mllm \S+ gave NaN for this picture and prompt"):
+            execute(mllm, adapter, image=[picture(0)], prompt=PROMPTS)
+        assert kept() == 2  # though NaN reaches all that are in one forward
+        with pytest.raises(ValueError, match="^mllm"):
+            execute(mllm, adapter, image=[picture(1)], prompt=PROMPTS[2:])
+        assert execute(mllm, adapter, image=[picture(1)], prompt=PROMPTS[:1])  # it was not kept for the next prompt
+    finally:  # other tests share the weights
+        with torch.inference_mode():
+            embedded[of_third] = before
 
 
 def test_one_entry_alone_has_the_message_alone(folder: Path, adapter: Any) -> None:
