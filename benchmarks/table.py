@@ -145,19 +145,20 @@ def _compile(found: Results) -> Iterator[Row]:
 
 def _mllm(found: Results) -> Iterator[Row]:
     labels = {"load_s": "loading", "forward_s": "a first look", "peak_mb": "peak memory"}
-    more = {"next_prompt": "the picture's next prompt", "ten_prompts": "ten prompts at once"}
+    further = {  # results from before these were measured lack them
+        "next_prompt": ("the picture's next prompt", "a first look"),
+        "ten_prompts": ("ten prompts at once", "a first look"),
+        "next_over_casting": ("the picture's next prompt", "casting all weights once"),
+    }
     for size, figures in found.items():
         if size != "small":  # whose products are too short to be what a look takes
             for precision, seconds in figures["arithmetic_s"].items():
                 value = f"its matrix products alone: {_seconds(seconds)}"
                 ratio = figures["forward_over_arithmetic"][precision]
                 yield Row("mllm", f"{size} model, {precision}: a first look", value, _times(ratio), "")
-            for figure, what in more.items():
-                for precision, ratio in figures[figure].items():
-                    yield Row("mllm", f"{size} model, {precision}: {what}", "a first look", _times(ratio), "")
-            for precision, ratio in figures["next_over_casting"].items():
-                what = f"{size} model, {precision}: {more['next_prompt']}"
-                yield Row("mllm", what, "casting all weights once", _times(ratio), "")
+            for figure, (what, baseline) in further.items():
+                for precision, ratio in figures.get(figure, {}).items():
+                    yield Row("mllm", f"{size} model, {precision}: {what}", baseline, _times(ratio), "")
         for figure in (name for name in labels if name in figures):
             values = dict(figures[figure])
             base = values.pop("fp32")
