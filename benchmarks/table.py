@@ -144,13 +144,21 @@ def _compile(found: Results) -> Iterator[Row]:
 
 
 def _mllm(found: Results) -> Iterator[Row]:
-    labels = {"load_s": "loading", "forward_s": "one look", "peak_mb": "peak memory"}
+    labels = {"load_s": "loading", "forward_s": "a first look", "peak_mb": "peak memory"}
+    further = {  # results from before these were measured lack them
+        "next_prompt": ("the picture's next prompt", "a first look"),
+        "ten_prompts": ("ten prompts at once", "a first look"),
+        "next_over_casting": ("the picture's next prompt", "casting all weights once"),
+    }
     for size, figures in found.items():
         if size != "small":  # whose products are too short to be what a look takes
             for precision, seconds in figures["arithmetic_s"].items():
                 value = f"its matrix products alone: {_seconds(seconds)}"
                 ratio = figures["forward_over_arithmetic"][precision]
-                yield Row("mllm", f"{size} model, {precision}: one look", value, _times(ratio), "")
+                yield Row("mllm", f"{size} model, {precision}: a first look", value, _times(ratio), "")
+            for figure, (what, baseline) in further.items():
+                for precision, ratio in figures.get(figure, {}).items():
+                    yield Row("mllm", f"{size} model, {precision}: {what}", baseline, _times(ratio), "")
         for figure in (name for name in labels if name in figures):
             values = dict(figures[figure])
             base = values.pop("fp32")

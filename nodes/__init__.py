@@ -5,12 +5,13 @@ from comfy_api.latest import ComfyExtension, io
 from ..moma_modules.host.folders import register_folders
 from .conditioning import MarkSubject, TextEncode
 from .convert import ConvertMllm
+from .extract import ExtractSubject
 from .loaders import LoadAdapter, LoadBoth, LoadMllm
 from .mask import SubjectMask
 from .mini import LoadMini
 from .patches import ApplyAdapter, ApplySubject, SelfAttnShortcut
 from .study import ContactSheet, ListItem, StrengthStudy
-from .subject import CombineSubjects, ExtractSubject, LoadSubject, SaveSubject
+from .subject import CombineSubjects, LoadSubject, SaveSubject
 
 NODES: list[type[io.ComfyNode]] = [
     LoadBoth,

@@ -1,24 +1,10 @@
-"""Extract Subject Features, Combine MoMA Subjects, Save MoMA Subject, Load MoMA Subject."""
+"""Combine MoMA Subjects, Save MoMA Subject, Load MoMA Subject."""
 
 import os
-from typing import Any
-from unicodedata import normalize
 
 import folder_paths
-import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
-from ..moma_modules.adapter.loading import Adapter
-from ..moma_modules.download.release import ADAPTER_NAME, FOLDER
-from ..moma_modules.host.folders import OWN_ADAPTER, OWN_MLLM, user_folder
-from ..moma_modules.host.messages import run_id, show_text
-from ..moma_modules.host.pictures import coverage, what_was_seen
-from ..moma_modules.mllm.encode import subject_hidden_state
-from ..moma_modules.mllm.hidden_state_cache import HIDDEN_STATES, HiddenStateCache
-from ..moma_modules.mllm.loading import Mllm
-from ..moma_modules.prompt.choices import choose, fingerprint, has_choice
-from ..moma_modules.prompt.clip_tokens import visible
-from ..moma_modules.prompt.text import check_characters, plain_text
 from ..moma_modules.subject.file import (
     check_prefix,
     load_subject,
@@ -27,152 +13,8 @@ from ..moma_modules.subject.file import (
     subject_names,
     subject_path,
 )
-from ..moma_modules.subject.reference_image import FITS, prepare_references
-from ..moma_modules.subject.reference_mask import DEFAULT_THRESHOLD
 from ..moma_modules.subject.subject import Subject, combine_subjects
-from .types import CATEGORY, KEEPS_PREVIEW, MomaAdapter, MomaMllm, MomaSubject
-
-NO_PICTURE = (
-    "image has no picture: Load MoMA Checkpoint has an example for the small checkpoint only. Unmute the Load Image "
-    "before it (select it, Ctrl+M), or connect one, and paint the mask there."
-)
-
-
-class ExtractSubject(io.ComfyNode):
-    """One forward of the MLLM over (reference, prompt) gives the subject embedding."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="MoMAExtractSubject",
-            display_name="Extract Subject Features",
-            category=CATEGORY,
-            search_aliases=[
-                "MoMA",
-                "reference image",
-                "image to subject",
-                "encode reference",
-                "subject encode",
-                "LLaVA prompt",
-            ],
-            description="Looks at the subject in the reference picture, with the word for it and the prompt in mind. "
-            "The result depends on no seed or sampler: change those and this node does not run again. Its preview "
-            "shows the mask on the picture, and what the language model sees: the subject on white.",
-            inputs=[
-                MomaMllm.Input("mllm", tooltip="From Load MoMA MLLM or Load MoMA."),
-                MomaAdapter.Input("adapter", tooltip="From Load MoMA Adapter or Load MoMA."),
-                io.Image.Input(
-                    "image",
-                    tooltip="The reference picture, or a batch of pictures of one subject. Grey and transparent "
-                    "pictures are fine. Each is brought to the size that the adapter takes: 512x512 for MoMA's.",
-                ),
-                io.String.Input(
-                    "subject",
-                    default="",
-                    tooltip="The word or words for the subject, as in 'car' or 'stuffed animal'. Plain words that "
-                    "describe the class work best.",
-                ),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    default="",
-                    tooltip="What the new picture should show, as in 'A car in autumn with falling leaves.' Say the "
-                    "subject word in it. Of {beach|city}, each run takes one, the same one in all MoMA nodes.",
-                ),
-                io.Combo.Input(
-                    "fit",
-                    options=list(FITS),
-                    default="squash",
-                    tooltip="How a non-square picture becomes square: squash (as the released code), pad with white, "
-                    "or crop around the subject.",
-                    advanced=True,
-                ),
-                io.Boolean.Input(
-                    "cache",
-                    default=True,
-                    optional=True,
-                    tooltip="Keep what the MLLM makes of this picture, subject and prompt in a small file in ComfyUI's "
-                    "user folder, so that it never runs twice for the same, also after a restart. Off: run it again.",
-                    advanced=True,
-                ),
-                io.Mask.Input(
-                    "mask",
-                    optional=True,
-                    tooltip="1 on the subject; any size; one for each picture, or one for all. Unconnected: the "
-                    "picture's transparency, or else the whole picture. For the MASK of a cut-out PNG from Load Image, "
-                    "invert it first.",
-                ),
-                io.Float.Input(
-                    "mask_threshold",
-                    default=DEFAULT_THRESHOLD,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    optional=True,
-                    tooltip="Where a soft mask is cut: 0 is the level of its background, 1 that of its subject. Lower "
-                    "takes more of a soft edge; 0 takes whatever is not black, as the released code. A mask of black "
-                    "and white alone needs no cut.",
-                    advanced=True,
-                ),
-            ],
-            outputs=[
-                MomaSubject.Output(
-                    "subject",
-                    display_name="subject",
-                    tooltip="For MoMA Text Encode, Apply MoMA Adapter, Self-Attn Shortcut and Save MoMA Subject.",
-                )
-            ],
-            **KEEPS_PREVIEW,
-        )
-
-    @classmethod
-    def fingerprint_inputs(cls, subject: str | None, prompt: str | None, **_: Any) -> str:
-        return fingerprint(subject, prompt)
-
-    @classmethod
-    def execute(
-        cls,
-        mllm: Mllm,
-        adapter: Adapter,
-        image: Any,
-        subject: str,
-        prompt: str,
-        fit: str,
-        cache: bool = True,
-        mask: Any = None,
-        mask_threshold: float = DEFAULT_THRESHOLD,
-    ) -> io.NodeOutput:
-        if image is None:
-            raise ValueError(NO_PICTURE)
-        check_characters("subject", subject)
-        check_characters("prompt", prompt)
-        draw = run_id() if has_choice(subject, prompt) else ""
-        subject, prompt = choose(subject, draw), choose(prompt, draw)
-        word = normalize("NFC", " ".join(subject.split()))  # accents in one way, so that equal words are equal
-        if not visible(plain_text(word)).strip():
-            raise ValueError("subject is empty: give the word for what is in the picture, as in 'car'.")
-        if mllm.hidden_size != adapter.sizes.hidden:
-            raise ValueError(
-                f"adapter {adapter.name} takes hidden states of size {adapter.sizes.hidden}, but mllm {mllm.name} has "
-                f"{mllm.hidden_size}: they do not belong together. Choose both of MoMA's release ({FOLDER} and "
-                f"{ADAPTER_NAME}) or, with the small checkpoint, both of the pack ({OWN_MLLM} and {OWN_ADAPTER})."
-            )
-        references = prepare_references(image, mask, fit, mask_threshold, adapter.reference_size)
-        text = "\n".join([coverage(references.masks), *references.notes])
-        show_text(text)  # before the language model runs: there may be a reason to stop
-        spoken = plain_text(word), plain_text(prompt)  # emphasis is for CLIP; the MLLM reads words
-        hidden_state = HiddenStateCache(user_folder(HIDDEN_STATES)).hidden_state if cache else subject_hidden_state
-        hidden = [
-            hidden_state(mllm, one, inside, *spoken)
-            for one, inside in zip(references.images.numpy(), references.masks.numpy(), strict=True)
-        ]
-        embedding = torch.stack([adapter.map_hidden_state(one) for one in hidden]).mean(dim=0)
-        if not embedding.isfinite().all():
-            raise ValueError(f"mllm {mllm.name} gave NaN for this picture and prompt; choose precision bf16 or fp32.")
-        seen = what_was_seen(references.images, references.masks)
-        made = Subject(embedding, word, prompt, references.images, references.masks, adapter.identity, draw, adapter)
-        shown = {**ui.PreviewImage(seen, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
-        return io.NodeOutput(made, ui=shown)
+from .types import CATEGORY, MomaSubject
 
 
 class CombineSubjects(io.ComfyNode):

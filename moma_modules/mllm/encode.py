@@ -1,5 +1,6 @@
 """One forward of the MLLM over (reference, word, prompt): pixels, instruction, hidden state."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -89,7 +90,12 @@ def subject_hidden_states(
     _bring_to_device(loaded.patcher)
     pixels = pixel_values(image, mask, mllm.image_size)
     instructions = [prompt_ids(mllm.tokenizer, *text) for text in texts]
-    yield from looks(loaded, content_hash(repr(image.shape), image.tobytes(), mask.tobytes()), pixels, instructions)
+    yield from looks(loaded, picture_key(image, mask), pixels, instructions)
+
+
+def picture_key(image: np.ndarray, mask: np.ndarray) -> str:
+    """Names a picture [H, W, 3] uint8 with its mask [H, W] bool by their content."""
+    return content_hash(repr(image.shape), image.tobytes(), mask.tobytes())
 
 
 def looks(loaded: LoadedMllm, picture: str, pixels: Tensor, instructions: Sequence[list[int]]) -> Iterator[Tensor]:
@@ -106,17 +112,23 @@ def looks(loaded: LoadedMllm, picture: str, pixels: Tensor, instructions: Sequen
         For each in turn the last hidden state [1, hidden], float32 on the CPU.
     """
     kept = loaded.beginnings.get(picture)
-    packs = list(_packs(instructions))
+    packs = deque(_packs(instructions))
     module = loaded.module
     layers = module.layers() if kept is None else list(module.language.layers)
     progress = comfy.utils.ProgressBar(len(layers) + (len(packs) - 1) * len(module.language.layers))
-    for pack in packs:
+    while packs:
+        pack = packs.popleft()
         with _after_each(module.layers(), lambda: _step(progress)):
-            hidden, made = _look(loaded, pixels, pack, kept)
-        if kept is None:
+            on_device, made = _look(loaded, pixels, pack, kept)
+        hidden = on_device.to("cpu", torch.float32)
+        sound = bool(hidden.isfinite().all())
+        if len(pack) > 1 and not sound:  # NaN times a weight of 0 is NaN: it reaches those that do not see it, too
+            packs.extendleft([ids] for ids in reversed(pack))
+            continue
+        if kept is None and sound:
             kept = made
             loaded.beginnings.put(picture, made)
-        yield from hidden.to("cpu", torch.float32)[:, None]
+        yield from hidden[:, None]
 
 
 def _packs(instructions: Sequence[list[int]]) -> Iterator[list[list[int]]]:

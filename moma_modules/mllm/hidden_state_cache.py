@@ -1,6 +1,8 @@
 """Hidden states of the MLLM on disk, so that the same picture, words and model are never computed again."""
 
 import os
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from torch import Tensor
 from ..host.disk import content_hash, written_whole
 from ..host.messages import warn
 from ..host.weight_files import read_safetensors
-from .encode import subject_hidden_state
+from .encode import subject_hidden_states
 from .loading import Mllm
 
 HIDDEN_STATES = "hidden_states"
@@ -31,19 +33,24 @@ class HiddenStateCache:
 
     folder: Path
 
-    def hidden_state(self, mllm: Mllm, image: np.ndarray, mask: np.ndarray, subject: str, prompt: str) -> Tensor:
-        """As `subject_hidden_state`, but neither computed nor the MLLM loaded where the result is known.
+    def hidden_states(
+        self, mllm: Mllm, image: np.ndarray, mask: np.ndarray, texts: Sequence[tuple[str, str]]
+    ) -> list[Tensor]:
+        """As `subject_hidden_states`, but computed only where the result is not known, and loaded only for that.
 
-        A file that cannot be read is computed again and replaced; one that cannot be written is a warning. A result
-        with NaN is not kept.
+        Each is kept as soon as it is there, so a Cancel loses none that was. A file that cannot be read is computed
+        again and replaced; one that cannot be written is a warning. A result with NaN is not kept.
         """
-        path = self.folder / f"{_key(mllm, image, mask, subject, prompt)}.safetensors"
-        hidden = _read(path, mllm.hidden_size)
-        if hidden is None:
-            hidden = subject_hidden_state(mllm, image, mask, subject, prompt)
-            if hidden.isfinite().all():
-                self._write(path, hidden)
-        return hidden
+        paths = {text: self.folder / f"{_key(mllm, image, mask, *text)}.safetensors" for text in texts}
+        found = {text: _read(path, mllm.hidden_size) for text, path in paths.items()}
+        known = {text: hidden for text, hidden in found.items() if hidden is not None}
+        missing = [text for text in paths if text not in known]
+        if missing:
+            for text, hidden in zip(missing, subject_hidden_states(mllm, image, mask, missing), strict=True):
+                known[text] = hidden
+                if hidden.isfinite().all():
+                    self._write(paths[text], hidden)
+        return [known[text] for text in texts]
 
     def _write(self, path: Path, hidden: Tensor) -> None:
         try:
@@ -55,8 +62,11 @@ class HiddenStateCache:
             warn(f"MoMA could not keep a hidden state in {self.folder}: {error}")
 
     def _prune(self) -> None:
-        files = sorted(self.folder.iterdir(), key=lambda file: file.stat().st_mtime_ns)
-        for file in files[: max(len(files) - LIMIT, 0)]:
+        used = []
+        for file in self.folder.iterdir():
+            with suppress(FileNotFoundError):  # another server has just made a whole file of this part
+                used.append((file.stat().st_mtime_ns, file))
+        for _, file in sorted(used)[: max(len(used) - LIMIT, 0)]:
             file.unlink(missing_ok=True)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -45,8 +46,7 @@ class Packed:
 
     def last_tokens(self) -> list[int]:
         """Where in the row each ending ends."""
-        ends = torch.tensor(self.endings).cumsum(0) + self.beginning - 1
-        return [int(end) for end in ends]
+        return [end - 1 for end in accumulate(self.endings, initial=self.beginning)][1:]
 
 
 def common_length(sequences: Sequence[Sequence[int]]) -> int:

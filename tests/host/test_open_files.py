@@ -66,8 +66,8 @@ def test_a_kept_hidden_state_lets_go_of_its_file(tmp_path: Path) -> None:
     mllm = load_mllm(CHECKPOINT, vision_heads=4)
     picture, mask = torch.zeros(512, 512, 3, dtype=torch.uint8).numpy(), torch.ones(512, 512, dtype=torch.bool).numpy()
     with torch.inference_mode():
-        HiddenStateCache(tmp_path).hidden_state(mllm, picture, mask, "cup", "A cup.")
-        again = HiddenStateCache(tmp_path).hidden_state(mllm, picture, mask, "cup", "A cup.")
+        HiddenStateCache(tmp_path).hidden_states(mllm, picture, mask, [("cup", "A cup.")])
+        (again,) = HiddenStateCache(tmp_path).hidden_states(mllm, picture, mask, [("cup", "A cup.")])
     (file,) = tmp_path.iterdir()
     assert not held(file) and again.isfinite().all()
 

@@ -1,4 +1,4 @@
-"""One look of the language model on an emulated card: the CPU's result, all operands on the card, no wait within."""
+"""Looks of the language model on an emulated card: the CPU's results, all operands on the card, no wait within."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import comfy.model_management
 import pytest
 import torch
 from comfyui_moma.moma_modules.mllm.checkpoint import read_checkpoint
-from comfyui_moma.moma_modules.mllm.encode import forward
-from comfyui_moma.moma_modules.mllm.loading import load_checkpoint
+from comfyui_moma.moma_modules.mllm.encode import forward, looks
+from comfyui_moma.moma_modules.mllm.loading import LoadedMllm, load_checkpoint
 from comfyui_moma.moma_modules.mllm.precision import Plan
 
 from workbench.emulated_card import SECOND, emulated_cards
@@ -53,6 +53,34 @@ def test_a_look_on_a_card_is_that_on_the_cpu(folder: Path, precision: str, budge
     back = {what: count for what, count in waits.items() if not what.startswith("cpu to cuda")}
     assert back == {"cuda to cpu at moma_modules/mllm/encode.py:forward": 1}  # the result
     assert not any("leaves.py" in what for what in waits)  # what is streamed comes while the card computes
+
+
+@pytest.mark.parametrize("budget", [EVERYTHING, NOTHING], ids=["resident", "streamed"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_several_instructions_at_once_on_a_card_are_those_on_the_cpu(
+    folder: Path, precision: str, budget: float
+) -> None:
+    plan = PLANS[precision]
+
+    def asked(loaded: LoadedMllm) -> list[torch.Tensor]:
+        """Two behind a beginning that is computed with them, then two behind what is kept of it."""
+        first = looks(loaded, "a picture", PIXELS, [[*IDS, 11, 12], [*IDS, 13]])
+        return [*first, *looks(loaded, "a picture", PIXELS, [[*IDS[:-1], 20], [*IDS, 11]])]
+
+    with torch.inference_mode():
+        expected = asked(load_checkpoint(read_checkpoint(folder), plan, torch.device("cpu")))
+        with emulated_cards() as record:
+            loaded = load_checkpoint(read_checkpoint(folder), plan, CARD)
+            loaded.patcher.partially_load(CARD, budget)
+            record.waits.clear()
+            hidden = asked(loaded)
+            waits = record.ours(in_step=False)
+            loaded.patcher.detach()
+    for ours, theirs in zip(hidden, expected, strict=True):
+        assert ours.device.type == "cpu" and close(ours, theirs, 1e-4 if precision == "fp32" else 0.1)
+    back = [what for what in waits if not what.startswith("cpu to cuda")]
+    assert back and all("mllm/encode.py" in what for what in back)  # results, and what is kept, once they are there
+    assert not any("leaves.py" in what or "key_values.py" in what for what in waits)
 
 
 def test_a_hidden_state_is_mapped_where_the_adapter_is() -> None:

@@ -19,7 +19,8 @@ from workbench.random_weights import HIDDEN, SMALL_LLAVA, adapter_file, llava_fo
 
 IMAGE = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
 MASK = np.ones((32, 32), bool)
-ARGUMENTS: dict[str, Any] = {"image": IMAGE, "mask": MASK, "subject": "car", "prompt": "A red car."}
+ARGUMENTS: dict[str, Any] = {"image": IMAGE, "mask": MASK}
+TEXT = {"subject": "car", "prompt": "A red car."}
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +35,9 @@ def cache(tmp_path: Path) -> HiddenStateCache:
 
 def ask(cache: HiddenStateCache, mllm: Mllm, **changes: Any) -> tuple[torch.Tensor, bool]:
     """The hidden state, and whether the weights were read for it by this handle."""
+    text = {name: changes.pop(name, value) for name, value in TEXT.items()}
     with torch.inference_mode():
-        hidden = cache.hidden_state(mllm, **(ARGUMENTS | changes))
+        (hidden,) = cache.hidden_states(mllm, **(ARGUMENTS | changes), texts=[(text["subject"], text["prompt"])])
     return hidden, "loaded" in vars(mllm)
 
 
@@ -72,7 +74,7 @@ def test_results_of_another_format_are_not_used(
     """Format 1 held what bf16 and fp16 gave while part of the forward ran in fp32."""
     with monkeypatch.context() as earlier:
         earlier.setattr(hidden_state_cache, "_FORMAT", "moma hidden state 1")
-        earlier.setattr(hidden_state_cache, "subject_hidden_state", lambda *_: torch.full((1, HIDDEN), 7.0))
+        earlier.setattr(hidden_state_cache, "subject_hidden_states", lambda *_: [torch.full((1, HIDDEN), 7.0)])
         kept, _ = ask(cache, load_mllm(folder, "bf16"))
     assert kept.eq(7).all() and len(list(cache.folder.iterdir())) == 1
     ours, loaded = ask(cache, load_mllm(folder, "bf16"))
@@ -113,6 +115,29 @@ def test_an_unwritable_folder_is_a_warning(folder: Path, tmp_path: Path, caplog:
     hidden, _ = ask(HiddenStateCache(tmp_path / "file"), load_mllm(folder))
     assert hidden.isfinite().all()
     assert "could not keep a hidden state in" in caplog.text
+
+
+def test_a_file_that_another_server_takes_away_is_no_warning(
+    cache: HiddenStateCache, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.folder.mkdir()
+    (cache.folder / "of_another.part").symlink_to(cache.folder / "gone")  # listed, and not there when looked at
+    ask(cache, load_mllm(folder))
+    assert len(list(cache.folder.glob("*.safetensors"))) == 1 and not caplog.text
+
+
+def test_of_several_texts_only_new_ones_are_computed(cache: HiddenStateCache, folder: Path) -> None:
+    texts = [("car", "A red car."), ("car", "A blue car."), ("car", "A red car.")]
+    mllm = load_mllm(folder)
+    ask(cache, mllm)
+    computed: list[int] = []
+    mllm.loaded.module.language.layers[0].register_forward_hook(lambda *_: computed.append(1))
+    with torch.inference_mode():
+        first, second, third = cache.hidden_states(mllm, IMAGE, MASK, texts)
+        again = HiddenStateCache(cache.folder).hidden_states(load_mllm(folder), IMAGE, MASK, texts)
+    assert len(computed) == 1 and len(list(cache.folder.iterdir())) == 2
+    assert torch.equal(first, third) and not torch.equal(first, second)
+    assert torch.equal(torch.stack(again), torch.stack([first, second, third]))
 
 
 def test_nan_is_not_kept(cache: HiddenStateCache, folder: Path) -> None:

@@ -13,10 +13,11 @@ import torch
 from comfyui_moma.moma_modules.host.folders import MODELS, SUBJECTS
 from comfyui_moma.moma_modules.mllm.loading import load_mllm
 from comfyui_moma.moma_modules.subject.subject import combine_subjects
+from comfyui_moma.nodes.extract import ExtractSubject
 from comfyui_moma.nodes.loaders import LoadAdapter, LoadMllm
 from comfyui_moma.nodes.mask import SubjectMask
 from comfyui_moma.nodes.patches import ApplyAdapter, SelfAttnShortcut
-from comfyui_moma.nodes.subject import ExtractSubject, LoadSubject
+from comfyui_moma.nodes.subject import LoadSubject
 
 from workbench import ROOT
 from workbench.scene import moma, negative, positive, sample, tiny_adapter, tiny_subject

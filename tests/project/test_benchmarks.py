@@ -95,8 +95,8 @@ def test_the_language_model_is_measured_in_each_precision(results: dict[str, Any
     assert all(set(small[figure]) == {"fp32", "bf16"} for figure in ("load_s", "forward_s", "peak_mb"))
     assert all(is_positive(value) for value in small["forward_s"].values())
     assert small["computed_in"] == {"fp32": "float32", "bf16": "bfloat16"}
-    assert set(small["forward_over_arithmetic"]) == {"fp32", "bf16"}
-    assert all(is_positive(ratio) for ratio in small["forward_over_arithmetic"].values())
+    for figure in ("forward_over_arithmetic", "next_prompt", "ten_prompts", "next_over_casting"):
+        assert set(small[figure]) == {"fp32", "bf16"} and all(is_positive(ratio) for ratio in small[figure].values())
 
 
 def test_the_products_of_a_computation_are_counted() -> None:
@@ -111,9 +111,13 @@ def test_a_cpu_measures_full_size_in_fp32_beside_bf16() -> None:
 
 def test_a_few_layers_are_extrapolated_to_all() -> None:
     one = {"load_s": 2.0, "computed_in": "float32"}
+
+    def times(look: float) -> dict[str, float]:
+        return {"forward_s": look, "next_s": look - 2.0, "ten_s": 2 * look, "cast_s": look - 2.5}
+
     measured = {
-        "fp32 1 layers": {**one, "forward_s": 3.0, "peak_mb": 500.0, "flops": 100, "flops_per_s": 50.0},
-        "fp32 5 layers": {**one, "forward_s": 5.0, "peak_mb": 700.0, "flops": 180, "flops_per_s": 40.0},
+        "fp32 1 layers": {**one, **times(3.0), "peak_mb": 500.0, "flops": 100, "flops_per_s": 50.0},
+        "fp32 5 layers": {**one, **times(5.0), "peak_mb": 700.0, "flops": 180, "flops_per_s": 40.0},
         "fp8 1 layers": {"refused": "needs a GPU"},
         "fp8 5 layers": {"refused": "needs a GPU"},
     }
@@ -123,6 +127,8 @@ def test_a_few_layers_are_extrapolated_to_all() -> None:
     assert found["peak_mb"] == {"fp32": 500.0 + 31 / 4 * 200.0}
     assert found["arithmetic_s"] == {"fp32": (100 + 31 / 4 * 80) / 50.0}
     assert found["forward_over_arithmetic"] == {"fp32": 18.5 / 14.4}
+    assert found["next_prompt"] == {"fp32": 16.5 / 18.5} and found["ten_prompts"] == {"fp32": 2.0}
+    assert found["next_over_casting"] == {"fp32": 16.5 / 16.0}
     assert found["computed_in"] == {"fp32": "float32"}
     assert found["refused"] == {"fp8": "needs a GPU"}
 

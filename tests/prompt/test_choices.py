@@ -8,7 +8,7 @@ import torch
 from comfyui_moma.moma_modules.mllm.loading import load_mllm
 from comfyui_moma.moma_modules.prompt.choices import choose, fingerprint, has_choice
 from comfyui_moma.nodes.conditioning import MarkSubject, TextEncode
-from comfyui_moma.nodes.subject import ExtractSubject
+from comfyui_moma.nodes.extract import ExtractSubject
 
 from workbench import ROOT
 from workbench.scene import tiny_subject

@@ -13,7 +13,7 @@ from comfy_extras.nodes_compositing import JoinImageWithAlpha
 from comfyui_moma.moma_modules.mllm.loading import load_mllm
 from comfyui_moma.moma_modules.subject.reference_image import References, prepare_references
 from comfyui_moma.moma_modules.subject.reference_mask import RELEASED, cut_mask
-from comfyui_moma.nodes.subject import ExtractSubject
+from comfyui_moma.nodes.extract import ExtractSubject
 from PIL import Image, ImageFilter
 
 from workbench import ROOT
