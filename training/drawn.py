@@ -38,6 +38,7 @@ class Variant:
         mask: Whether the conditioning says where the subject's tokens are, without which there is no mask.
         told: Whether the language model is shown the prompt, or only the word.
         strength: Of the shortcut.
+        weight: Of the image tokens.
         references: How many pictures of the subject are combined.
         region: Whether a region mask keeps the subject to the middle of the picture.
         second: Whether the next subject is attached too, kept to a corner of the picture where nothing is asked for.
@@ -49,6 +50,7 @@ class Variant:
     mask: bool = True
     told: bool = True
     strength: float = 1.0
+    weight: float = 1.0
     references: int = 1
     region: bool = False
     second: bool = False
@@ -146,7 +148,7 @@ class SmallWorld:
         window = Window(region=region if variant.region else None)
         parts: dict[str, Any] = {}
         if variant.image_tokens:
-            parts["image_tokens"] = ImageTokens(window=window)
+            parts["image_tokens"] = ImageTokens(variant.weight, window)
         if variant.shortcut:
             shortcut = self._product.shortcut(subject, variant.strength)
             parts["shortcut"] = replace(shortcut, window=replace(window, start=shortcut.window.start))
