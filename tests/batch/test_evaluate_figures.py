@@ -137,16 +137,12 @@ def test_a_model_in_the_hubs_cache_is_found_by_name(
     """With its revision, and without the network."""
     import huggingface_hub.constants
 
-    from moma_batch.evaluate import backbones
-
     revision = "0123456789abcdef0123456789abcdef01234567"
     place = tmp_path / "models--some--dino"
     tiny_dino(place / "snapshots" / revision)
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text(revision, encoding="utf-8")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    real = backbones.snapshot_download
-    monkeypatch.setattr(backbones, "snapshot_download", lambda *a, **k: real(*a, **k, cache_dir=tmp_path))
     found = load_backbone("dino", "some/dino", CPU)
     assert found.about["revision"] == revision and found.name.startswith("dino ")
     with pytest.raises(TableError, match=r"--dino some/other is neither a folder nor in the hub's cache .*--dino none"):
