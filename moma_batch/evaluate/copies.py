@@ -2,8 +2,9 @@
 
 `s` be the cosine of what is around the subject in a picture and in a reference. A picture's copy check is its `s` with
 its own reference, less what it has with the other references (a prompt may ask for such a place), less what pictures
-of other references have with its own (a plain background is like many), plus what those have with one another: the
-interaction of a table of all pictures by all references. Where nothing is copied it is 0 on average.
+of other references have with its own (a plain background is like many), plus what those have with references that are
+neither theirs nor its own: the interaction of a table of all pictures by all references. If nothing is copied, and
+every reference has as many pictures, it is 0 on average, however alike pictures or references are to all.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 
 Vector = np.ndarray[Any, Any]
+LEAST = 3
+"""References, without which a copy and a reference that is like all pictures cannot be told apart."""
 
 
 @dataclass
@@ -39,17 +42,15 @@ class Copies:
                 self._counts[reference] = self._counts.get(reference, 0) + 1
         self._all: Vector = sum(self._sums.values(), np.zeros(()))
         self._count = sum(self._counts.values())
-        self._others = 0.0
-        if len(self._counts) > 1:
-            own = sum(float(self._sums[key] @ self.references[key]) for key in self._sums)
-            pairs = self._count * (len(self.references) - 1)
-            self._others = (float(self._all @ self._all_references) - own) / pairs
+        self._own = sum(float(self._sums[key] @ self.references[key]) for key in self._sums)
 
     def of(self, reference: str, picture: Vector) -> float | None:
-        """The check of a picture that was added; None if there are not pictures of at least two references."""
-        if len(self._counts) < 2 or reference not in self.references:
+        """The check of a picture that was added; None if there are not pictures of at least three references."""
+        if len(self._counts) < LEAST or reference not in self.references:
             return None
-        own = self.references[reference]
-        rest = (self._all_references - own) / (len(self.references) - 1)
-        strangers = (self._all - self._sums[reference]) / (self._count - self._counts[reference])
-        return float(picture @ own - picture @ rest - strangers @ own) + self._others
+        own, mine = self.references[reference], self._sums[reference]
+        count = self._count - self._counts[reference]
+        rest, strangers = self._all_references - own, self._all - mine
+        others = len(self.references) - 1
+        apart = (float(strangers @ rest) - (self._own - float(mine @ own))) / ((others - 1) * count)
+        return float(picture @ own - picture @ rest / others - strangers @ own / count) + apart

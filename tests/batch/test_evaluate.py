@@ -17,7 +17,7 @@ from workbench import ROOT
 
 pytestmark = [pytest.mark.newest, pytest.mark.slow]
 PROMPT = "a toy on the beach"
-COLOURS = {"red": (220, 20, 20), "blue": (20, 20, 220)}
+COLOURS = {"red": (220, 20, 20), "blue": (20, 20, 220), "green": (20, 220, 20)}
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [word for kind, folder in folders.items() for word in (f"--{kind}", str(folder))]
 
 
-def two_subjects(folder: Path, seeds: Sequence[int] = (1, 2)) -> MadeRun:
-    """A run of two subjects, and one row that failed."""
+def three_subjects(folder: Path, seeds: Sequence[int] = (1, 2)) -> MadeRun:
+    """A run of three subjects, and one row that failed."""
     run = MadeRun(folder)
     for name, colour in COLOURS.items():
         image, mask = run.file(f"{name}.png", scene(colour, (210, 210, 210))), run.file("mask.png", square())
@@ -59,11 +59,13 @@ def measured(run: Path) -> list[str]:
 def test_every_row_has_its_figures_and_failures_are_listed(
     models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = two_subjects(tmp_path / "run1").write()
+    run = three_subjects(tmp_path / "run1").write()
     assert main(["evaluate", str(run), *models]) == 1, "a row has no picture"
     assert "lost: failed: the mask is empty" in capsys.readouterr().out
     found = {line["id"]: line for line in lines(run)}
-    assert set(found) == {"red_1", "red_2", "blue_1", "blue_2", "lost"} and found["lost"]["problem"]
+    assert (
+        set(found) == {*(f"{name}_{seed}" for name in COLOURS for seed in (1, 2)), "lost"} and found["lost"]["problem"]
+    )
     names = [name for name in found["red_1"] if name.endswith("]")]
     assert {name.partition(" [")[0] for name in names} == {
         *("CLIP-I", "CLIP-I subject", "CLIP-I copy", "CLIP-I mask", "CLIP-T", "CLIP-T subject"),
@@ -78,28 +80,28 @@ def test_every_row_has_its_figures_and_failures_are_listed(
             assert all(float(line[n]) < 0.9999 for n in names if n.startswith(("CLIP-I [", "DINO [", "DINOv2 [")))
             assert float(line["mask area"]) == pytest.approx(0.25)
     page = (run / "evaluation" / "summary.md").read_text("utf-8")
-    assert "4 of 5 pictures measured, 2 seeds" in page and "| lost | failed | the mask is empty |" in page
+    assert "6 of 7 pictures measured, 2 seeds" in page and "| lost | failed | the mask is empty |" in page
     assert all(f"## By {one['name']}" in page for one in about)
-    assert page.count("| red | 2 |") == page.count("| context | 4 |") == 4
+    assert page.count("| red | 2 |") == page.count("| context | 6 |") == 4
     first = measured(run)
-    assert len(first) == 12
+    assert len(first) == 18
     assert main(["evaluate", str(run), *models]) == 1
     assert measured(run) == first, "nothing is measured twice"
 
 
 def test_what_changed_is_measured_again_and_nothing_else(models: list[str], tmp_path: Path) -> None:
-    made = two_subjects(tmp_path / "run1")
+    made = three_subjects(tmp_path / "run1")
     run = made.write()
     assert main(["evaluate", str(run), *models[:2], "--dino", "none", "--dinov2", "none"]) == 1
-    assert len(measured(run)) == 4
+    assert len(measured(run)) == 6
     made.rows[0]["prompt"] = "a toy in the snow"
     made.write()
     assert main(["evaluate", str(run), *models[:4], "--dinov2", "none"]) == 1
-    assert sorted(measured(run)[4:]) == ["blue_1", "blue_2", "red_1", "red_1", "red_2"]
+    assert sorted(measured(run)[6:]) == ["blue_1", "blue_2", "green_1", "green_2", "red_1", "red_1", "red_2"]
 
 
 def test_it_goes_on_after_sigkill(models: list[str], tmp_path: Path) -> None:
-    run = two_subjects(tmp_path / "run1", range(1, 40)).write()
+    run = three_subjects(tmp_path / "run1", range(1, 27)).write()
     store = run / "evaluation" / "measured.jsonl"
     words = [sys.executable, str(ROOT / "moma_batch"), "evaluate", str(run), *models, "--batch", "1"]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -116,7 +118,7 @@ def test_it_goes_on_after_sigkill(models: list[str], tmp_path: Path) -> None:
     before = len(measured(run))
     assert 12 < before < 3 * 78 and not (run / "evaluation" / "figures.csv").exists()
     assert main(["evaluate", str(run), *models]) == 1
-    whole = two_subjects(tmp_path / "other" / "run1", range(1, 40)).write()
+    whole = three_subjects(tmp_path / "other" / "run1", range(1, 27)).write()
     assert main(["evaluate", str(whole), *models]) == 1
     assert len(measured(run)) == len(measured(whole)) == 3 * 78
     for line, wanted in zip(lines(run), lines(whole), strict=True):
@@ -126,7 +128,7 @@ def test_it_goes_on_after_sigkill(models: list[str], tmp_path: Path) -> None:
 
 def test_masks_of_a_folder_take_the_place_of_those_found(models: list[str], tmp_path: Path) -> None:
     """Also for a graph that finds none, so that two graphs can be held against each other."""
-    made = two_subjects(tmp_path / "run1")
+    made = three_subjects(tmp_path / "run1")
     made.workflow = dict(WORKFLOW)
     for path in (tmp_path / "run1" / "images").glob("*~2.png"):
         path.unlink()
@@ -144,7 +146,7 @@ def test_masks_of_a_folder_take_the_place_of_those_found(models: list[str], tmp_
 
 
 def test_an_empty_mask_is_measured_as_no_subject(models: list[str], tmp_path: Path) -> None:
-    made = two_subjects(tmp_path / "run1")
+    made = three_subjects(tmp_path / "run1")
     made.file("run1/images/red_1~2.png", ~square(64, 0, 0, 64))
     run = made.write()
     assert main(["evaluate", str(run), *models[:2], "--dino", "none", "--dinov2", "none"]) == 1
@@ -163,13 +165,13 @@ def test_what_is_wrong_with_a_run_is_said(
     models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "is no folder of a run" in said(capsys, "evaluate", str(tmp_path), *models)
-    made = two_subjects(tmp_path / "run1")
+    made = three_subjects(tmp_path / "run1")
     made.results[0] |= {"status": "waiting", "picture": "", "sha256": ""}
     run = made.write()
-    assert "is unfinished, 1 of 5 pictures are not made" in said(capsys, "evaluate", str(run), *models)
+    assert "is unfinished, 1 of 7 pictures are not made" in said(capsys, "evaluate", str(run), *models)
     few = [*models[:2], "--dino", "none", "--dinov2", "none"]
     assert main(["evaluate", str(run), *few, "--so-far"]) == 1
-    assert "3 of 5 pictures measured" in capsys.readouterr().out
+    assert "5 of 7 pictures measured" in capsys.readouterr().out
     (run / "images" / "red_2.png").write_bytes((run / "images" / "blue_1.png").read_bytes())
     (run / "images" / "blue_2.png").unlink()
     (tmp_path / "blue.png").write_bytes(b"no picture")
@@ -182,7 +184,7 @@ def test_what_is_wrong_with_a_run_is_said(
 
 
 def test_what_is_wrong_with_a_command_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = str(two_subjects(tmp_path / "run1").write())
+    run = str(three_subjects(tmp_path / "run1").write())
     none = ["--dino", "none", "--dinov2", "none"]
     assert "is neither a folder nor in the hub's cache" in said(capsys, "evaluate", run, "--clip", "a/missing", *none)
     assert "nothing is left to measure with" in said(capsys, "evaluate", run, "--clip", "none", *none)
@@ -198,7 +200,7 @@ def test_what_is_wrong_with_a_command_is_said(tmp_path: Path, capsys: pytest.Cap
 
 def test_without_torch_it_says_which_python_has_it(tmp_path: Path) -> None:
     """And the other commands work."""
-    run = two_subjects(tmp_path / "run1").write()
+    run = three_subjects(tmp_path / "run1").write()
     hidden = "import sys; sys.modules['torch'] = None; sys.path.insert(0, sys.argv.pop(1)); "
     hidden += "from moma_batch.command_line import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", hidden, str(ROOT), "evaluate", str(run)]

@@ -213,21 +213,28 @@ def test_the_copy_check_is_the_interaction_of_pictures_and_references() -> None:
 
     references = {name: unit() for name in "abc"}
     pictures = [(name, unit()) for name in "aabcc"]
-    others = [p @ references[r] for own, p in pictures for r in references if r != own]
     for (own, picture), found in zip(pictures, copies_of(pictures, references), strict=True):
         rest = [picture @ references[r] for r in references if r != own]
         strangers = [p @ references[own] for other, p in pictures if other != own]
-        wanted = picture @ references[own] - np.mean(rest) - np.mean(strangers) + np.mean(others)
+        apart = [
+            p @ references[r] for other, p in pictures if other != own for r in references if r not in (own, other)
+        ]
+        wanted = picture @ references[own] - np.mean(rest) - np.mean(strangers) + np.mean(apart)
         assert found == pytest.approx(wanted, abs=1e-12)
 
 
-def test_the_copy_check_needs_two_references_and_excuses_what_the_prompt_asked_for() -> None:
+def test_the_copy_check_needs_three_references() -> None:
     sand, grass = np.array([1.0, 0.0]), np.array([0.0, 1.0])
-    references = {"a": sand, "b": grass}
-    assert copies_of([("a", sand), ("a", grass)], references) == [None, None]
-    asked = copies_of([("a", sand), ("b", sand)], references)
-    copied = copies_of([("a", sand), ("b", grass)], references)
-    assert asked == [pytest.approx(0), pytest.approx(0)] and copied[0] is not None and copied[0] > 1
+    assert copies_of([("a", sand), ("b", grass)], {"a": sand, "b": grass}) == [None, None]
+
+
+def test_the_copy_check_excuses_what_the_prompt_asked_for_and_what_is_like_all() -> None:
+    """All pictures on sand, as a reference is: no copy. Each as its own reference: copies."""
+    sand, grass, snow = np.eye(3)
+    references = {"a": sand, "b": grass, "c": snow}
+    asked = copies_of([("a", sand), ("b", sand), ("c", sand)], references)
+    copied = copies_of([("a", sand), ("b", grass), ("c", snow)], references)
+    assert asked == [pytest.approx(0)] * 3 and copied == [pytest.approx(1)] * 3
 
 
 def test_vectors_survive_a_line_of_json() -> None:
