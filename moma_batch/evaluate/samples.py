@@ -195,7 +195,7 @@ class _Reader:
         first = self._run.folder / result["picture"]
         files = [first, *(first.with_stem(f"{first.stem}~{number}") for number in range(2, len(savers) + 2))]
         files = [path for path in files if path.is_file()]
-        if not files:
+        if first not in files:
             raise RowError(f"picture: {first} is not there any more; give the `run` command again")
         if len(files) != len(savers):
             raise RowError(

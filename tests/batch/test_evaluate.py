@@ -40,7 +40,7 @@ def three_subjects(folder: Path, seeds: Sequence[int] = (1, 2)) -> MadeRun:
         for seed in seeds:
             row = {"id": f"{name}_{seed}", "image": image, "mask": mask, "prompt": PROMPT, "seed": str(seed)}
             row |= {"strength": "1", "note.subject": name, "note.class": "context"}
-            run.add(row, scene(colour, (10 * seed, 100, 200)), square())
+            run.add(row, scene(colour, (8 * seed, 100, 200)), square())
     run.fail({**row, "id": "lost", "seed": "9"}, "failed", "the mask is empty")
     return run
 
