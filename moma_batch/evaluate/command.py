@@ -69,7 +69,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     if options.batch < 1:
         raise TableError(f"--batch {options.batch}: give a number from 1")
     for run in runs:
-        run.samples()  # what is wrong with a run is said before models are loaded
+        run.check()  # what is wrong with a run is said before models are loaded
     evaluation, backbones = _networks(options)
     failed = 0
     for run in runs:

@@ -13,6 +13,8 @@ from ..table import TableError
 from .samples import MEASURED, Sample
 
 FOLDER, FIGURES, ABOUT = "evaluation", "figures.csv", "evaluation.json"
+UNMEASURED = "unmeasured"
+"""The status of a picture that is there and cannot be measured."""
 _FIXED = ("id", "row", "status", "problem", "subject", "class", "prompt", "seed", "reference")
 _COLUMN, _CONDITION = "column ", "condition "
 
@@ -54,7 +56,8 @@ def line_of(sample: Sample, problem: str, figures: Mapping[str, float]) -> Line:
     """A sample's line."""
     asked = (sample.subject, sample.kind, sample.prompt, sample.seed, sample.digests.get("reference", ""))
     made = (sample.columns, sample.conditions, dict(figures))
-    return Line(sample.id, sample.status, problem, *asked, *made)
+    status = UNMEASURED if problem and sample.status == MEASURED else sample.status
+    return Line(sample.id, status, problem, *asked, *made)
 
 
 @dataclass(frozen=True)

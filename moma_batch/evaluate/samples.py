@@ -75,23 +75,31 @@ class Run:
     masks: Path | None = None
     so_far: bool = False
 
-    def samples(self) -> list[Sample]:
-        """All pictures that were asked for, in the order of the table.
+    def check(self) -> tuple[Path, Path, list[dict[str, str]]]:
+        """Table, workflow, and the lines of the results.
 
         Raises:
             TableError: The folder holds no run, or one that has not ended.
         """
         plan = self._plan()
-        table = Path(plan["table"])
         workflow = self.workflow or (Path(plan["workflow"]) if "workflow" in plan else None)
         if workflow is None:
             raise TableError(f"{self.folder} does not say which workflow it ran: name it with --workflow.")
         workflow_at(workflow)
         if self.masks is not None and not self.masks.is_dir():
             raise TableError(f"--masks {self.masks} is no folder.")
+        return Path(plan["table"]), workflow, self._results()
+
+    def samples(self) -> list[Sample]:
+        """All pictures that were asked for, in the order of the table.
+
+        Raises:
+            TableError: See `check`; or the table is gone.
+        """
+        table, workflow, results = self.check()
         rows = {row.number: row for row in read_rows(table)}
         reader = _Reader(self, table.parent, workflow)
-        return [reader.sample(result, rows.get(int(result["row"]))) for result in self._results()]
+        return [reader.sample(result, rows.get(int(result["row"]))) for result in results]
 
     def _plan(self) -> dict[str, Any]:
         try:
@@ -197,7 +205,7 @@ class _Reader:
         files = [path for path in files if path.is_file()]
         if first not in files:
             raise RowError(f"picture: {first} is not there any more; give the `run` command again")
-        if len(files) != len(savers):
+        if len(files) != max(1, len(savers)):
             raise RowError(
                 f"picture: {len(files)} files of {len(savers)} Save Image nodes; one of each can be measured"
             )

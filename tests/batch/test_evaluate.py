@@ -178,7 +178,7 @@ def test_what_is_wrong_with_a_run_is_said(
     assert main(["evaluate", str(run), *few, "--so-far"]) == 1
     out = capsys.readouterr().out
     assert "red_2.png is not the one that the run made" in out and "blue_2.png is not there any more" in out
-    assert "blue_1: ok:" in out and "blue.png cannot be read as a picture" in out
+    assert "blue_1: unmeasured:" in out and "blue.png cannot be read as a picture" in out
     (run / "results.csv").unlink()
     assert "has no results.csv yet" in said(capsys, "evaluate", str(run), *models)
 
