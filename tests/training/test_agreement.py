@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from comfyui_moma.moma_batch.evaluate.lines import Evaluation, Line, named
 from comfyui_moma.moma_batch.evaluate.summary import figure_of
 from comfyui_moma.training import agreement, agreement_page
 from comfyui_moma.training.agreement_settings import PARTS, RECOMMENDED, TRUTHS, WHOLE, Setting, settings
-from comfyui_moma.training.drawn import Read, Variant
+from comfyui_moma.training.drawn import Read, SmallWorld, Variant, measured_subjects
+from comfyui_moma.training.probe import load
 
 from workbench import ROOT
 
@@ -103,3 +105,19 @@ def test_the_evaluation_sees_that_moma_brings_the_subject(tmp_path: Path, monkey
         with_moma, without = (figure_of(by[setting], evaluation.one(measure)) for setting in chosen)
         assert with_moma and without and with_moma.spread is not None
         assert with_moma.mean > without.mean + with_moma.spread
+
+
+@pytest.mark.slow
+def test_a_settings_weight_is_that_of_the_image_tokens() -> None:
+    """At 0 nothing is left of them."""
+    drawn = SmallWorld(ROOT / "weights", load(), measured_subjects(1), seeds=1)
+    pictures = [
+        drawn.draw(0, "beach", None, variant)[0]
+        for variant in (
+            Variant(shortcut=False, weight=0.0),
+            Variant(shortcut=False, image_tokens=False),
+            Variant(shortcut=False),
+        )
+    ]
+    assert torch.allclose(pictures[0], pictures[1], atol=1e-4)
+    assert not torch.allclose(pictures[0], pictures[2], atol=1e-2)

@@ -2,8 +2,6 @@
 
 import random
 import statistics
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,9 +99,3 @@ def test_colours_leave_out_what_is_white() -> None:
 
     small, large, nothing = Colours().images([picture(8), picture(60), picture(0)])
     assert torch.allclose(small, large) and not nothing.any()
-
-
-def test_variants_differ_in_the_weight_of_the_tokens(tmp_path: Path) -> None:
-    from comfyui_moma.training.drawn import Variant
-
-    assert replace(Variant(), weight=0.5) != Variant()
