@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from .probe import FILE, load
 from .words import MATERIAL_WORDS, PLACE_WORDS, SYNONYMS
 from .world import SIDE
 
-_SAID = {"class": SYNONYMS, "place": PLACE_WORDS, "material": MATERIAL_WORDS}
+_SAID: dict[str, Mapping[str, Sequence[str]]] = {"class": SYNONYMS, "place": PLACE_WORDS, "material": MATERIAL_WORDS}
 """What a prompt says, and in which words."""
 _BINS = 6
 

@@ -139,8 +139,9 @@ def _line(row: Mapping[str, str]) -> Line:
             kind = next(kind for kind in groups if name.startswith(kind))
             groups[kind][name.removeprefix(kind)] = cell
     figures = {name: float(cell) for name, cell in groups[""].items()}
-    fixed = [row[name] for name in _FIXED if name != "row"]
-    return Line(*fixed, groups[_COLUMN], groups[_CONDITION], figures)
+    told = (row["id"], row["status"], row["problem"])
+    asked = (row["subject"], row["class"], row["prompt"], row["seed"], row["reference"])
+    return Line(*told, *asked, groups[_COLUMN], groups[_CONDITION], figures)
 
 
 def is_measured(line: Line) -> bool:

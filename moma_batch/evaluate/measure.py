@@ -76,20 +76,23 @@ class Measure:
         texts: list[Tensor | None] = [None] * len(shown)
         if self.backbone.text_measure:
             texts = list(_unit(self.backbone.texts([one.sample.prompt for one in shown])))
-        return [
-            Measured(one.mask_figures | self._figures(*vectors), vectors[0].around, vectors[1])
-            for one, *vectors in zip(shown, embedded, references, texts, strict=False)
-        ]
+        found = []
+        for one, picture, reference, text in zip(shown, embedded, references, texts, strict=False):
+            figures = one.mask_figures | self._figures(picture, reference, text)
+            found.append(Measured(figures, picture.around, reference))
+        return found
 
     def _embed(self, all_views: Sequence[Views]) -> list[Embedded]:
         pictures: list[Image.Image] = []
         for each in all_views:
             pictures += [view for view in (each.whole, each.subject, each.around) if view is not None]
         vectors = iter(_unit(self.backbone.images(pictures)))
-        return [
-            Embedded(*(None if view is None else next(vectors) for view in (each.whole, each.subject, each.around)))
-            for each in all_views
-        ]
+        found = []
+        for each in all_views:
+            whole = next(vectors)
+            subject, around = (None if view is None else next(vectors) for view in (each.subject, each.around))
+            found.append(Embedded(whole, subject, around))
+        return found
 
     def _figures(self, picture: Embedded, reference: Embedded, text: Tensor | None) -> dict[str, float]:
         likeness, prompt = self.backbone.image_measure, self.backbone.text_measure
