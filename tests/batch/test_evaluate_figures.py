@@ -160,15 +160,20 @@ def test_a_model_of_another_kind_or_a_torn_one_is_named(models: dict[str, Path],
         load_backbone("dino", str(torn), CPU)
 
 
+def corner(side: int, top: int, left: int, size: int) -> np.ndarray[Any, Any]:
+    """A square that lacks a quarter: its box holds more than it."""
+    mask = square(side, top, left, size)
+    mask[top : top + size // 2, left : left + size // 2] = False
+    return mask
+
+
 def test_the_subject_is_alone_on_white_wherever_it_is() -> None:
     """Place, background and size of the picture do not matter; what is around it has neither it nor its outline."""
-    red = (200, 10, 10)
-    small = views(scene(red, (0, 90, 0), square(64, 8, 30, 20)), square(64, 8, 30, 20))
-    large = views(scene(red, (9, 9, 90), square(128, 60, 4, 40)), square(128, 60, 4, 40))
-    assert small.subject is not None and large.subject is not None and small.around is not None
-    sized = [np.asarray(one.subject.resize((44, 44), 0)) for one in (small, large) if one.subject is not None]
+    red, places = (200, 10, 10), (corner(64, 8, 30, 20), corner(128, 60, 4, 40))
+    cut = [views(scene(red, around, mask), mask) for around, mask in zip(((0, 90, 0), (9, 9, 90)), places, strict=True)]
+    sized = [np.asarray(one.subject.resize((44, 44), 0)) for one in cut if one.subject is not None]
     assert np.array_equal(*sized) and set(map(tuple, sized[0].reshape(-1, 3))) == {red, (255, 255, 255)}
-    assert set(map(tuple, np.asarray(small.around).reshape(-1, 3))) == {(0, 90, 0)}
+    assert cut[0].around is not None and set(map(tuple, np.asarray(cut[0].around).reshape(-1, 3))) == {(0, 90, 0)}
 
 
 def test_a_picture_without_subject_or_background_says_so() -> None:
