@@ -1,4 +1,4 @@
-"""The commands: check, run, status, retry, report."""
+"""The commands: check, run, status, retry, report; those of `evaluate/` beside them."""
 
 import argparse
 import contextlib
@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from .driver import OK, SOME_FAILED, USAGE, Driver, Limits
+from .evaluate.command import add_commands
 from .index import Index
 from .journal import Journal, entries
 from .lock import LockedError, is_held, only_driver
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=command_)
         if name == "retry":
             command.add_argument("ids", nargs="*", metavar="ID", help="rows by id; without any, all that failed")
+    add_commands(commands)
     return parser
 
 
@@ -140,7 +142,7 @@ def _run(options: argparse.Namespace) -> int:
         content = {"version": VERSION, "run": run_id, "table": str(options.table.resolve()), "rows": rows}
         content |= {"pictures": sum(index.counts(False).values()), "subjects": sum(index.counts(True).values())}
         backend = backend_for(options, run_id)
-        content |= {"workers": list(backend.names)}
+        content |= {"workers": list(backend.names), "workflow": str(options.workflow.resolve())}
         write_plan(options.out, content)
         progress = Progress(lambda: (index.counts(True), index.counts(False)))
         journal.add("run", {"host": socket.gethostname(), "pid": os.getpid(), "workers": content["workers"]})

@@ -12,11 +12,11 @@ NAME = "journal.jsonl"
 
 
 class Journal:
-    """Appends to `journal.jsonl` in a folder; only the driver does."""
+    """Appends to `journal.jsonl`, or another such file, in a folder; only one process does."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str = NAME) -> None:
         """Open it. A last line that a crash cut off is closed, so that the next one is whole."""
-        self._file = (folder / NAME).open("ab+")
+        self._file = (folder / name).open("ab+")
         self._file.seek(0, os.SEEK_END)
         self._close_torn_line()
 
@@ -57,9 +57,9 @@ class Journal:
         self._file.close()
 
 
-def entries(folder: Path) -> Iterator[dict[str, Any]]:
+def entries(folder: Path, name: str = NAME) -> Iterator[dict[str, Any]]:
     """The entries in their order; what a crash cut off is left out."""
-    path = folder / NAME
+    path = folder / name
     if not path.is_file():
         return
     with path.open("rb") as file:

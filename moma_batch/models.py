@@ -19,6 +19,7 @@ _FOLDERS = {
     "lora_name": "loras",
     "vae_name": "vae",
     "control_net_name": "controlnet",
+    "bg_removal_name": "background_removal",
 }
 _EDGE = 1 << 20
 SMALL = "moma_mini"

@@ -189,14 +189,12 @@ class Worker:
                 Server(self._server.url, 5).cancel(job.prompt_id)
 
     def _collect(self, server: Server, job: Job, found: Mapping[str, Any]) -> Outcome:
-        """Fetch what the prompt made."""
+        """Fetch what the prompt made, in the order in which the graph has the nodes."""
+        order = {name: place for place, name in enumerate(job.graph)}
+        outputs = sorted(found.get("outputs", {}).items(), key=lambda item: order.get(item[0], len(order)))
         kinds = ("moma_subjects", "moma_pictures") if job.encodes else ("images",)
         files = [
-            file
-            for node in found.get("outputs", {}).values()
-            for kind in kinds
-            for file in node.get(kind, [])
-            if file.get("type") == "output"
+            file for _, node in outputs for kind in kinds for file in node.get(kind, []) if file.get("type") == "output"
         ]
         if not files:
             return Outcome("failed", "the prompt ended without a file")

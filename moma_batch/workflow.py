@@ -185,6 +185,16 @@ _PLACES: dict[str, Callable[[Graph], Iterator[tuple[str, str]]]] = {
 }
 
 
+def texts_of(graph: Graph, column: str) -> list[str]:
+    """The texts where `column` has its places: prompt, negative, ..."""
+    return [str(graph[name]["inputs"][key]) for name, key in _PLACES[column](graph)]
+
+
+def seeds_of(graph: Graph) -> list[int]:
+    """The seeds of its samplers."""
+    return [int(graph[name]["inputs"][key]) for name, key in _seeds(graph)]
+
+
 def _set_mask(graph: Graph, file: str) -> None:
     """A mask of its own: into the workflow's LoadImageMask, else through a new one into Extract Subject Features."""
     places = list(_of(("LoadImageMask", "image"))(graph))

@@ -38,6 +38,7 @@ class Variant:
         mask: Whether the conditioning says where the subject's tokens are, without which there is no mask.
         told: Whether the language model is shown the prompt, or only the word.
         strength: Of the shortcut.
+        weight: Of the image tokens.
         references: How many pictures of the subject are combined.
         region: Whether a region mask keeps the subject to the middle of the picture.
         second: Whether the next subject is attached too, kept to a corner of the picture where nothing is asked for.
@@ -49,6 +50,7 @@ class Variant:
     mask: bool = True
     told: bool = True
     strength: float = 1.0
+    weight: float = 1.0
     references: int = 1
     region: bool = False
     second: bool = False
@@ -104,9 +106,7 @@ class SmallWorld:
             [seeds, 3, SIDE, SIDE] in -1..1, and a reading of each.
         """
         word = SYNONYMS[self._subjects[number].name][0]
-        made = f" {MATERIAL_WORDS[material][0]}" if material else ""
-        where = f" {PLACE_WORDS[place][0]}" if place else ""
-        prompt = f"A {word}{made}{where}."
+        prompt = self.prompt(number, place, material)
         moma = functools.reduce(
             combine_subjects, (self._subject(number, word, prompt, variant, i) for i in range(variant.references))
         )
@@ -119,7 +119,7 @@ class SmallWorld:
         if variant.second:
             other = (number + 1) % len(self._subjects)
             word = SYNONYMS[self._subjects[other].name][0]
-            second = self._subject(other, word, f"A {word}{where}.", variant, 0)
+            second = self._subject(other, word, self.prompt(other, place, None), variant, 0)
             settings = self._with(settings, second, replace(variant, region=True), _CORNER)
         model = product.model if variant.plain else patched(product.model, settings)
         samples = product.samples(model, positive, self._noise, STEPS, CFG)
@@ -128,9 +128,20 @@ class SmallWorld:
         masks = None if run is None else run.masks[moma.key].float().cpu()
         return pictures, self._read(number, self._probe(pictures), masks, place, material)
 
+    def prompt(self, number: int, place: str | None, material: str | None) -> str:
+        """What asks for a subject in a place or of a material."""
+        made = f" {MATERIAL_WORDS[material][0]}" if material else ""
+        where = f" {PLACE_WORDS[place][0]}" if place else ""
+        return f"A {SYNONYMS[self._subjects[number].name][0]}{made}{where}."
+
     def reference(self, number: int) -> Tensor:
         """A subject's first reference [3, SIDE, SIDE] in -1..1."""
-        return to_tensor(self._reference(number)[0])
+        return self.shown(number)[0]
+
+    def shown(self, number: int) -> tuple[Tensor, Tensor]:
+        """A subject's first reference, and its mask [SIDE, SIDE]."""
+        picture, mask = self._reference(number)
+        return to_tensor(picture), torch.from_numpy(mask.copy())
 
     def _reference(self, number: int, view: int = 0) -> tuple[Any, Any]:
         rng = random.Random(f"reference {number}" if not view else f"reference {number} {view}")
@@ -146,7 +157,7 @@ class SmallWorld:
         window = Window(region=region if variant.region else None)
         parts: dict[str, Any] = {}
         if variant.image_tokens:
-            parts["image_tokens"] = ImageTokens(window=window)
+            parts["image_tokens"] = ImageTokens(variant.weight, window)
         if variant.shortcut:
             shortcut = self._product.shortcut(subject, variant.strength)
             parts["shortcut"] = replace(shortcut, window=replace(window, start=shortcut.window.start))

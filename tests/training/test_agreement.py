@@ -1,0 +1,123 @@
+"""Whether the evaluation ranks settings as the small world's truth does: the settings, the correlation, the page."""
+
+import argparse
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfyui_moma.moma_batch.evaluate.lines import Evaluation, Line, named
+from comfyui_moma.moma_batch.evaluate.summary import figure_of
+from comfyui_moma.training import agreement, agreement_page
+from comfyui_moma.training.agreement_settings import PARTS, RECOMMENDED, TRUTHS, WHOLE, Setting, settings
+from comfyui_moma.training.drawn import Read, SmallWorld, Variant, measured_subjects
+from comfyui_moma.training.probe import load
+
+from workbench import ROOT
+
+ABOUT = {
+    "definition": 1,
+    "backbones": [
+        {"name": "words", "image_measure": "probe-W", "text_measure": "probe-T"},
+        {"name": "looks", "image_measure": "probe-I", "text_measure": ""},
+        {"name": "colours", "image_measure": "colours-I", "text_measure": ""},
+    ],
+}
+NAMES = {
+    "probe-I subject": named("probe-I subject", "looks"),
+    "colours-I subject": named("colours-I subject", "colours"),
+    "probe-T": named("probe-T", "words"),
+}
+
+
+def read(distance: float, aimed: bool) -> Read:
+    return Read(found=distance < 1, distance=distance, aimed=aimed, kind=True, shape=0.1, overlap=None)
+
+
+def world(follow: bool) -> tuple[Evaluation, dict[Setting, list[Read]]]:
+    """Settings whose truth is drawn by lot; the figures follow it, or are drawn apart."""
+    truths, lots = random.Random("truth"), random.Random("others")
+    lines: list[Line] = []
+    found: dict[Setting, list[Read]] = {}
+    for setting in settings(11):
+        distance, share = truths.random(), truths.random()
+        found[setting] = [read(distance, i < share * 10) for i in range(10)]
+        near, told = (
+            (-distance, sum(each.aimed for each in found[setting]) / 10) if follow else (lots.random(), lots.random())
+        )
+        columns = {"strength": f"{setting.strength:g}", "weight": f"{setting.weight:g}"}
+        columns |= {"note.task": setting.task, "note.parts": setting.parts}
+        figures = {name: told if measure == "probe-T" else near for measure, name in NAMES.items()}
+        for seed in ("0", "1"):
+            lines.append(Line(f"{len(lines)}", "ok", "", "0.png", "", "A cup.", seed, "r", columns, {}, figures))
+    return Evaluation(Path("run"), lines, ABOUT), found
+
+
+def test_each_task_has_thirty_settings_and_more_and_each_part_turned_off_once() -> None:
+    chosen = settings(11)
+    assert len(set(chosen)) == len(chosen)
+    for task in RECOMMENDED:
+        of = [setting for setting in chosen if setting.task == task]
+        assert len(of) >= 30 and {setting.parts for setting in of} == {WHOLE, *PARTS}
+        assert Setting(task, RECOMMENDED[task], 1.0) in of
+    assert Setting("texture", 0.4, 0.8, "no shortcut").variant() == Variant(shortcut=False, strength=0.4, weight=0.8)
+
+
+def test_the_correlation_is_one_where_the_ranking_is_the_same_and_none_by_lot() -> None:
+    for follow in (True, False):
+        evaluation, found = world(follow)
+        for kind, measures in TRUTHS.items():
+            for measure in measures:
+                value, count = agreement_page.correlation(evaluation, found, "context", kind, measure)
+                assert count == len(settings(11)) // 2
+                assert value == pytest.approx(1) if follow else abs(value) < 0.5
+
+
+def test_the_page_has_rankings_strengths_and_parts(tmp_path: Path) -> None:
+    evaluation, found = world(True)
+    (tmp_path / "run").mkdir()
+    options = argparse.Namespace(subjects=4, prompts=2, seeds=2, docs=tmp_path)
+    page = agreement_page.page_of(replace(evaluation, folder=tmp_path / "run"), found, options)
+    for task in RECOMMENDED:
+        assert f"| {task} | prompt | {NAMES['probe-T']} | 38 | 1.00 |" in page
+        assert sum(line.startswith(f"| {task} | {parts} |") for parts in (WHOLE, *PARTS) for line in page) == 6
+    assert (tmp_path / agreement_page.CURVES).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_evaluation_sees_that_moma_brings_the_subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the product with the published small weights: more of the subject than by the prompt alone, by more than the
+    seeds' spread."""
+    chosen = [Setting("context", 1.0, 1.0), Setting("context", 1.0, 1.0, "nothing of MoMA")]
+    from comfyui_moma.training import agreement_settings
+
+    monkeypatch.setattr(agreement_settings, "settings", lambda strengths: chosen)
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(agreement_page, "page_of", lambda evaluation, *_: seen.update(evaluation=evaluation) or [])
+    out = {"out": tmp_path / "out", "files": ROOT / "weights", "docs": tmp_path}
+    agreement.measure(argparse.Namespace(subjects=3, prompts=1, seeds=2, strengths=2, **out))
+    evaluation = seen["evaluation"]
+    assert len(evaluation.lines) == 12 and not evaluation.failures
+    by = agreement_page.by_setting(evaluation)
+    for measure in TRUTHS["likeness"]:
+        with_moma, without = (figure_of(by[setting], evaluation.one(measure)) for setting in chosen)
+        assert with_moma and without and with_moma.spread is not None
+        assert with_moma.mean > without.mean + with_moma.spread
+
+
+@pytest.mark.slow
+def test_a_settings_weight_is_that_of_the_image_tokens() -> None:
+    """At 0 nothing is left of them."""
+    drawn = SmallWorld(ROOT / "weights", load(), measured_subjects(1), seeds=1)
+    pictures = [
+        drawn.draw(0, "beach", None, variant)[0]
+        for variant in (
+            Variant(shortcut=False, weight=0.0),
+            Variant(shortcut=False, image_tokens=False),
+            Variant(shortcut=False),
+        )
+    ]
+    assert torch.allclose(pictures[0], pictures[1], atol=1e-4)
+    assert not torch.allclose(pictures[0], pictures[2], atol=1e-2)

@@ -1,0 +1,95 @@
+"""Whether the evaluation agrees with what is true in the small world: `python3 training/agreement.py`.
+
+Draws held-out subjects by the product in many settings (strength, weight, parts), has `moma_batch evaluate` measure
+them as it measures any run, and holds its ranking of the settings against what a probe reads. Writes docs/agreement.md.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from comfyui_source import cache_dir
+from inside import comfyui_inside
+
+DOCS = ROOT / "docs"
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--files", type=Path, default=ROOT / "weights", help="the small world's files")
+    parser.add_argument("--subjects", type=int, default=4, help="how many subjects are drawn")
+    parser.add_argument("--prompts", type=int, default=2, help="places and materials of each")
+    parser.add_argument("--seeds", type=int, default=2, help="pictures of each subject and prompt")
+    parser.add_argument("--strengths", type=int, default=11, help="how many strengths from 0 to 1")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, default=cache_dir() / "agreement", help="the folder for the pictures")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="the folder that agreement.md goes to")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Draw, evaluate, and write the page."""
+    options = parse_arguments()
+    sys.path.insert(0, str(comfyui_inside(str(Path(__file__).resolve()))))
+    from workbench.bootstrap import bootstrap
+
+    bootstrap()
+    import torch
+
+    torch.set_num_threads(options.threads)
+    began = time.monotonic()
+    page = measure(options)
+    page.insert(2, f"Made by `python3 training/agreement.py` in {(time.monotonic() - began) / 60:.0f} minutes.")
+    (options.docs / "agreement.md").write_text("\n".join(page) + "\n", encoding="utf-8")
+    print(f"Wrote {options.docs / 'agreement.md'}")
+
+
+def measure(options: argparse.Namespace) -> list[str]:
+    """Draw and evaluate; the page's lines."""
+    from comfyui_moma.moma_batch.evaluate.evaluation import Measuring
+    from comfyui_moma.moma_batch.evaluate.lines import read_evaluation
+    from comfyui_moma.moma_batch.evaluate.samples import Run
+    from comfyui_moma.training.agreement_page import page_of
+    from comfyui_moma.training.agreement_settings import settings
+    from comfyui_moma.training.drawn import SmallWorld, measured_subjects
+    from comfyui_moma.training.drawn_run import DrawnRun
+    from comfyui_moma.training.measuring import backbones
+    from comfyui_moma.training.probe import load
+    from comfyui_moma.training.world import MATERIALS, PLACES
+
+    shutil.rmtree(options.out, ignore_errors=True)
+    run = DrawnRun(options.out / "run", load())
+    world = SmallWorld(options.files, load(), measured_subjects(options.subjects), options.seeds)
+    rng = random.Random("agreement")
+    asked = {
+        "context": {
+            i: [(place, None) for place in rng.sample(PLACES, options.prompts)] for i in range(options.subjects)
+        },
+        "texture": {i: [(None, m) for m in rng.sample(MATERIALS, options.prompts)] for i in range(options.subjects)},
+    }
+    read: dict[Any, list[Any]] = {}
+    chosen = settings(options.strengths)
+    for done, setting in enumerate(chosen, 1):
+        for number, prompts in asked[setting.task].items():
+            for place, material in prompts:
+                pictures, found = world.draw(number, place, material, setting.variant())
+                read.setdefault(setting, []).extend(found)
+                notes = {"task": setting.task, "parts": setting.parts}
+                numbers = {"strength": f"{setting.strength:g}", "weight": f"{setting.weight:g}"}
+                run.add(world, number, (place, material), pictures, numbers, notes)
+        print(f"{done} of {len(chosen)} settings drawn", flush=True)
+    Measuring(Run(run.write(), masks=run.masks), backbones(), 32).evaluate()
+    return page_of(read_evaluation(run.folder), read, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The page that says how well the evaluation agrees with the small world's truth."""
+
+import argparse
+import shutil
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+from scipy.stats import spearmanr
+
+from ..moma_batch.evaluate.lines import Evaluation, Line, parts
+from ..moma_batch.evaluate.study import Study
+from ..moma_batch.evaluate.summary import figure_of
+from .agreement_settings import PROMPT, RECOMMENDED, TRUTHS, WHOLE, Setting
+from .drawn import Read
+
+CURVES = "images/agreement.png"
+
+
+def truth(kind: str, read: list[Read]) -> float:
+    """What the probe knows of a setting's pictures: how near they are to their own reference; how often the place or
+    material is the one asked for."""
+    if kind == "likeness":
+        return -statistics.fmean(each.distance for each in read)
+    return statistics.fmean(each.aimed for each in read)
+
+
+def setting_of(line: Line) -> Setting:
+    """The setting that a line was drawn with."""
+    columns = line.columns
+    return Setting(columns["note.task"], float(columns["strength"]), float(columns["weight"]), columns["note.parts"])
+
+
+def by_setting(evaluation: Evaluation) -> dict[Setting, list[Line]]:
+    """The lines of each setting."""
+    found: dict[Setting, list[Line]] = {}
+    for line in evaluation.lines:
+        found.setdefault(setting_of(line), []).append(line)
+    return found
+
+
+def correlation(
+    evaluation: Evaluation, read: dict[Setting, list[Read]], task: str, kind: str, measure: str
+) -> tuple[float, int]:
+    """Spearman's rank correlation of a measure with the truth over the settings of a task, and how many they are."""
+    name = evaluation.one(measure)
+    pairs = []
+    for setting, lines in by_setting(evaluation).items():
+        figure = figure_of(lines, name)
+        if setting.task == task and figure is not None:
+            pairs.append((figure.mean, truth(kind, read[setting])))
+    return float(spearmanr(*zip(*pairs, strict=True)).statistic), len(pairs)
+
+
+def page_of(evaluation: Evaluation, read: dict[Setting, list[Read]], options: argparse.Namespace) -> list[str]:
+    """The page's lines; its curves are drawn beside it."""
+    page = ["# Agreement of the evaluation with the small world", ""]
+    page += [
+        f"{options.subjects} held-out subjects, {options.prompts} prompts, {options.seeds} seeds in each setting.",
+        "",
+    ]
+    page += [
+        "## Ranking of settings",
+        "",
+        "Spearman's rank correlation of what `evaluate` says with what the probe knows.",
+        "",
+    ]
+    page += ["| task | truth | measure | settings | correlation |", "| --- | --- | --- | --- | --- |"]
+    for task in RECOMMENDED:
+        for kind, measures in TRUTHS.items():
+            for measure in measures:
+                found, count = correlation(evaluation, read, task, kind, measure)
+                page.append(f"| {task} | {kind} | {evaluation.one(measure)} | {count} | {found:.2f} |")
+    page += ["", "## Strengths", "", *strengths(evaluation, options.docs), "", f"![Likeness against prompt]({CURVES})"]
+    return [*page, "", "## What each part is worth", "", *worth(evaluation, read)]
+
+
+def strengths(evaluation: Evaluation, docs: Path) -> list[str]:
+    """The best strength of each task at weight 1, and its curve into the docs' folder."""
+    whole = [line for line in evaluation.lines if setting_of(line).parts == WHOLE and setting_of(line).weight == 1]
+    likeness = TRUTHS["likeness"][0]
+    study = Study([replace(evaluation, lines=whole)], ("strength",), likeness, PROMPT, "note.task")
+    lines = ["| task | best found | README |", "| --- | --- | --- |"]
+    for panel in study.panels():
+        lines.append(f"| {panel.title} | {panel.chosen.label} | {RECOMMENDED[panel.title]:g} |")
+    drawn = study.write(evaluation.folder)
+    (docs / CURVES).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(drawn[-1], docs / CURVES)
+    return lines
+
+
+def worth(evaluation: Evaluation, read: dict[Setting, list[Read]]) -> list[str]:
+    """A table of the recommended settings, whole and with a part turned off, with the truth beside the figures."""
+    names = [evaluation.one(measure) for measures in TRUTHS.values() for measure in measures]
+    heads = ["task", "", *(parts(name)[0] for name in names), "subject found", "place or material right"]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for setting, of in by_setting(evaluation).items():
+        if setting.weight == 1 and setting.strength == RECOMMENDED[setting.task]:
+            figures = [figure_of(of, name) for name in names]
+            shares = [statistics.fmean(getattr(one, what) for one in read[setting]) for what in ("found", "aimed")]
+            cells = [setting.task, setting.parts, *(figure.text() if figure else "" for figure in figures)]
+            lines.append(f"| {' | '.join([*cells, *(f'{share:.0%}' for share in shares)])} |")
+    return lines
