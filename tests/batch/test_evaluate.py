@@ -8,11 +8,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from batch.made_run import MASK_NODES, WORKFLOW, MadeRun, scene, square, tiny_clip, tiny_dino
 
 from moma_batch.command_line import main
+from moma_batch.evaluate.samples import Run
 from workbench import ROOT
 
 pytestmark = [pytest.mark.newest, pytest.mark.slow]
@@ -225,3 +227,16 @@ def test_the_pictures_file_order_is_that_of_the_graph() -> None:
     worker = Worker(WorkerSpec("w", "http://127.0.0.1:1", None, Patience()))
     made = worker._collect(Files("http://127.0.0.1:1"), job, {"outputs": outputs})
     assert [file.name for file in made.files] == ["13.png", "22.png"]
+
+
+def test_a_run_of_the_tool_is_one_that_can_be_measured(place: Any) -> None:
+    table = place.table(
+        [["a", "photo.jpg", "cup", "A cup on the moon.", "1;2"], ["b", "none.jpg", "cup", "A cup.", "1"]]
+    )
+    assert place.do("run", str(table), own=1)[0] == 1, "a row names a file that is not there"
+    first, second, lost = Run(place.out).samples()
+    assert (first.id, first.seed, second.id, second.seed) == ("a_1", "1", "a_2", "2")
+    for sample in (first, second):
+        assert not sample.problem and sample.prompt == "A cup on the moon." and sample.reference.is_file()
+        assert sample.conditions["sampler_name"] == "ddim" and sample.conditions["ckpt_name"] == "moma_mini.safetensors"
+    assert lost.status == "invalid" and "none.jpg" in lost.problem
