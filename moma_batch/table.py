@@ -122,7 +122,10 @@ def _parquet(path: Path) -> Iterator[Row]:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise TableError(f"{path}: Parquet needs pyarrow in this Python: pip install pyarrow, or use CSV.") from error
-    file = ParquetFile(path)
+    try:
+        file = ParquetFile(path)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are kinds of these
+        raise TableError(f"{path} is no Parquet file that can be read: {error}") from error
     check_columns(file.schema_arrow.names, path)
     number = 0
     for batch in file.iter_batches(1024):
@@ -155,8 +158,10 @@ def check_columns(names: Iterable[str], path: Path) -> None:
 def _texts(cells: Iterable[tuple[str, Any]]) -> dict[str, str]:
     values = {}
     for name, value in cells:
-        if isinstance(value, dict | list):
-            raise RowError(f"{name} holds {json.dumps(value)[:80]}; a cell is a text, a number, true or false")
+        if isinstance(value, dict | list | bytes):
+            raise RowError(f"{name} holds {str(value)[:80]}; a cell is a text, a number, true or false")
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # where a column of whole numbers has gaps, other tools write 7.0 for 7
         text = json.dumps(value) if isinstance(value, bool) else "" if value is None else str(value)
         if text.strip():
             values[name] = text
