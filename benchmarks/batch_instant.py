@@ -1,6 +1,6 @@
 """`moma_batch` with workers that answer at once: what remains is the driver. Run as a script by `batch_rows`.
 
-    batch_instant.py COUNT WORDS...: do COUNT tasks, then stop as after Ctrl-C; WORDS are for moma_batch.
+batch_instant.py COUNT WORDS...: do COUNT tasks, then stop as after Ctrl-C; WORDS are for moma_batch.
 """
 
 import argparse

@@ -112,7 +112,7 @@ def _run(folder: Path, table: Path, comfyui: Path, ray: Path | None) -> dict[str
 
     def pids() -> Mapping[str, int]:
         places = [*out.glob("workers/1/pid"), *Path(tempfile.gettempdir()).glob(f"moma_batch-{_run_id(out)}-1/pid")]
-        return {"server": int(place.read_text(encoding="utf-8").split()[0]) for place in places}
+        return {"server": int(places[0].read_text(encoding="utf-8").split()[0])} if places else {}
 
     found = measured(command, {**os.environ, "RAY_AUTH_MODE": "disabled"}, pids)
     ends = [entry["at"] for entry in lines_of(out / "journal.jsonl") if entry["event"] == "end"]

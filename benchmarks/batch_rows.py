@@ -38,19 +38,19 @@ def many_rows(count: int) -> dict[str, Any]:
         ended = [entry for entry in lines_of(out / "journal.jsonl") if entry["event"] == "end"]
         resumed = _instant(AFTER, ["run", *words], (130,))
         later = [entry for entry in lines_of(out / "journal.jsonl") if entry["event"] == "begin"][len(began) :]
-        seconds = ended[-1]["at"] - began[0]["at"]
+        seconds, start_s = ended[-1]["at"] - began[0]["at"], began[0]["at"] - first.began
         return {
             "rows": count,
             "photos": count // (PROMPTS * SEEDS),
             "encodings": encodings,
             "check": {"start_s": checked.wall_s, "peak_mb": checked.peak_mb},
             "first": {
-                "start_s": began[0]["at"] - first.began,
+                "start_s": start_s,
                 "peak_mb": first.peak_mb,
                 "tasks": len(ended),
                 "tasks_per_s": len(ended) / seconds,
                 "cpu_ms_per_task": 1000 * first.cpu_s / len(ended),
-                "memory": growth([sample for sample in first.samples["driver"] if sample[0] > began[0]["at"] - first.began]),
+                "memory": growth([sample for sample in first.samples["driver"] if sample[0] > start_s]),
             },
             "resumed": {"start_s": later[0]["at"] - resumed.began, "peak_mb": resumed.peak_mb},
         }

@@ -58,9 +58,7 @@ def simulated(servers: int, rows: int, median_s: float, ray: Path | None) -> dic
         }
 
 
-def result(
-    found: Measured, journal: list[dict[str, Any]], log: list[dict[str, Any]], servers: int
-) -> dict[str, Any]:
+def result(found: Measured, journal: list[dict[str, Any]], log: list[dict[str, Any]], servers: int) -> dict[str, Any]:
     """What a run gives: the driver's figures, rows a second, efficiency."""
     begins = [entry["at"] for entry in journal if entry["event"] == "begin"]
     ends = [entry["at"] for entry in journal if entry["event"] == "end"]

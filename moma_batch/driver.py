@@ -13,11 +13,12 @@ from typing import Any
 
 from .backend import Backend
 from .graphs import graph_of, uploads_of
-from .index import Index, Task
+from .index import Index
 from .jobs import Job, Outcome
 from .journal import Journal
 from .phases import SAVER, with_subjects
 from .results import publish, subject_uploads
+from .tasks import Task
 from .workflow import with_prefix
 
 OK, SOME_FAILED, USAGE, DISK_FULL, NO_WORKERS, STOPPED = 0, 1, 2, 3, 4, 130
@@ -205,21 +206,10 @@ class Driver:
         graph = with_prefix(with_subjects(graph, names), prefix)
         if task.encodes:
             graph[SAVER]["inputs"]["filename_prefix"] = prefix
-        mark = {"id": task.id, "key": task.key}
-        attempt = task.attempts + 1
-        made = Job(
-            task.id,
-            task.key,
-            attempt,
-            prompt_id,
-            graph,
-            tuple(uploads),
-            task.encodes,
-            mark,
-            self.limits.timeout,
-            bool(resumed),
-        )
-        return task, made
+        mark, attempt = {"id": task.id, "key": task.key}, task.attempts + 1
+        sent, encodes, timeout = tuple(uploads), task.encodes, self.limits.timeout
+        job = Job(task.id, task.key, attempt, prompt_id, graph, sent, encodes, mark, timeout, bool(resumed))
+        return task, job
 
     def _take_back(self, only: Place | None = None) -> None:
         """What was chosen and has not begun is to be done by whoever comes first."""

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from .graphs import whole, workflow_at
-from .index import Index, Planned
+from .index import Index
 from .inputs import Inputs
 from .jobs import Graph, Upload
 from .journal import entries
 from .phases import PLACEHOLDER, encodings, without_encoding
 from .table import Row, RowError, TableError, read_rows, seeds
+from .tasks import Planned
 from .workflow import DEFAULT, FILES, SAVE_IMAGE, has_seed, node_called
 
 Identity = Callable[[Graph], list[str]]

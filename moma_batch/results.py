@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .index import Index, Task
+from .index import Index
 from .inputs import SERVER_FOLDER
 from .jobs import Produced, Upload
+from .tasks import Task
 
 IMAGES, SUBJECTS, RESULTS, PLAN = "images", "subjects", "results.csv", "plan.json"
 PICTURES = ".pictures"

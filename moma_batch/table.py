@@ -122,19 +122,19 @@ def _parquet(path: Path) -> Iterator[Row]:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise TableError(f"{path}: Parquet needs pyarrow in this Python: pip install pyarrow, or use CSV.") from error
+    number = 0
     try:
         file = ParquetFile(path)
+        check_columns(file.schema_arrow.names, path)
+        for batch in file.iter_batches(1024):
+            for found in batch.to_pylist():
+                number += 1
+                try:
+                    yield Row(number, _texts(found.items()))
+                except RowError as error:
+                    yield Row(number, problem=str(error))
     except (OSError, ValueError) as error:  # pyarrow's own errors are kinds of these
-        raise TableError(f"{path} is no Parquet file that can be read: {error}") from error
-    check_columns(file.schema_arrow.names, path)
-    number = 0
-    for batch in file.iter_batches(1024):
-        for found in batch.to_pylist():
-            number += 1
-            try:
-                yield Row(number, _texts(found.items()))
-            except RowError as error:
-                yield Row(number, problem=str(error))
+        raise TableError(f"{path} cannot be read as Parquet, after {number} rows: {error}") from error
 
 
 def check_columns(names: Iterable[str], path: Path) -> None:
