@@ -90,7 +90,12 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def growth(samples: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """How memory went: MB after a tenth, a half and all of the time, and the slope of the second half in MB an hour."""
+    """How memory went: MB after a tenth, a half and all of the time, and the slope of the second half in MB an hour.
+
+    Nothing where the process did not last long enough to be looked at.
+    """
+    if not samples:
+        return {}
     first, last = samples[0][0], samples[-1][0]
 
     def at(share: float) -> float:
