@@ -45,7 +45,7 @@ class Plan:
     real_steps: int
 
 
-FULL = Plan(1000, (1, 4, 16, 64), 20, 3.0, 120_000, 500, 4)
+FULL = Plan(1000, (1, 4, 16, 64), 16, 3.0, 120_000, 500, 4)
 QUICK = Plan(200, (1, 4), 8, 1.0, 4000, 20, 2)
 DISPATCH_SERVERS = 4
 

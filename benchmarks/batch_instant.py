@@ -11,6 +11,7 @@ import signal
 import struct
 import sys
 import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from moma_batch.pictures import PNG
 from moma_batch.results import PICTURES
 
 WORKERS = 4
+FIRST = "CPU seconds until the first task: "
 EMBEDDING_BYTES = 4096
 
 
@@ -46,6 +48,8 @@ class InstantWorker:
         """At once."""
         with InstantWorker.lock:
             InstantWorker.done += 1
+            if InstantWorker.done == 1:
+                print(f"{FIRST}{time.process_time()}", flush=True)
             if InstantWorker.done == self._most:
                 os.kill(os.getpid(), signal.SIGINT)
         if not job.encodes:

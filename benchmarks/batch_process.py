@@ -28,6 +28,7 @@ class Measured:
         wall_s: From its start to its end.
         cpu_s: Of its own, not of what it started.
         peak_mb: The most main memory that it held at a time.
+        output: What it printed.
         samples: Per process that was looked at, (seconds since the start, MB) in order.
     """
 
@@ -35,6 +36,7 @@ class Measured:
     wall_s: float
     cpu_s: float
     peak_mb: float
+    output: str
     samples: dict[str, list[tuple[float, float]]]
 
 
@@ -72,7 +74,7 @@ def measured(
     looking.join()
     if process.returncode not in allowed:
         raise RunError(f"{' '.join(command)}\nended with {process.returncode}:\n{output[-4000:]}")
-    return Measured(began, wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / KIB_PER_MB, samples)
+    return Measured(began, wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / KIB_PER_MB, output, samples)
 
 
 def held_mb(pid: int) -> float:

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from batch_instant import FIRST
 from batch_process import Measured, growth, lines_of, measured
 from comfyui_source import ROOT
 
@@ -25,7 +26,8 @@ def many_rows(count: int) -> dict[str, Any]:
 
     Returns:
         Below `check`, `first` (until half of the pictures are there) and `resumed`: `start_s` until the first row is
-        given out (of `check`, until it ends), `peak_mb`, and what else was measured.
+        given out (of `check`, until it ends), `start_cpu_s` of the driver until then, `peak_mb`, and what else was
+        measured.
     """
     with tempfile.TemporaryDirectory(prefix="moma-benchmark-") as name:
         folder = Path(name)
@@ -43,21 +45,31 @@ def many_rows(count: int) -> dict[str, Any]:
             "rows": count,
             "photos": count // (PROMPTS * SEEDS),
             "encodings": encodings,
-            "check": {"start_s": checked.wall_s, "peak_mb": checked.peak_mb},
+            "check": {"start_s": checked.wall_s, "start_cpu_s": checked.cpu_s, "peak_mb": checked.peak_mb},
             "first": {
                 "start_s": start_s,
+                "start_cpu_s": _cpu_until_first(first),
                 "peak_mb": first.peak_mb,
                 "tasks": len(ended),
                 "tasks_per_s": len(ended) / seconds,
                 "cpu_ms_per_task": 1000 * first.cpu_s / len(ended),
                 "memory": growth([sample for sample in first.samples["driver"] if sample[0] > start_s]),
             },
-            "resumed": {"start_s": later[0]["at"] - resumed.began, "peak_mb": resumed.peak_mb},
+            "resumed": {
+                "start_s": later[0]["at"] - resumed.began,
+                "start_cpu_s": _cpu_until_first(resumed),
+                "peak_mb": resumed.peak_mb,
+            },
         }
 
 
 def _instant(most: int, words: list[str], allowed: tuple[int, ...]) -> Measured:
     return measured([sys.executable, str(INSTANT), str(most), *words], os.environ, allowed=allowed)
+
+
+def _cpu_until_first(found: Measured) -> float:
+    line = next(line for line in found.output.splitlines() if line.startswith(FIRST))
+    return float(line.removeprefix(FIRST))
 
 
 def _table(folder: Path, count: int) -> Path:

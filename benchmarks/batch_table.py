@@ -73,14 +73,15 @@ def _servers(found: Results) -> Iterator[Cells]:
 
 
 def _rows(found: Results) -> Iterator[Cells]:
-    yield ["what", "until the first row is given out", "driver's peak"]
+    yield ["what", "until the first row is given out", "CPU of the driver until then", "driver's peak"]
     names = {
         "check": "`check`, nothing known of the pictures (until it ends)",
         "first": f"`run`, of which {found['first']['tasks']} tasks are done and then Ctrl-C",
         "resumed": "`run` again, going on",
     }
     for name, label in names.items():
-        yield [label, f"{found[name]['start_s']:.0f} s", f"{found[name]['peak_mb']:.0f} MB"]
+        one = found[name]
+        yield [label, f"{one['start_s']:.0f} s", f"{one['start_cpu_s']:.0f} s", f"{one['peak_mb']:.0f} MB"]
 
 
 def _real(found: Results) -> Iterator[Cells]:

@@ -73,7 +73,7 @@ class Space:
         self._warned = True
         return (
             f" That will not fit: {_size(max(0, room))} may be filled (--keep-free {self._keep_free >> 20}). Make "
-            "room, or  the run stops once the disk is full, and goes on by the same command."
+            "room, or the run stops once the disk is full, and goes on by the same command."
         )
 
     def _picture_bytes(self) -> float | None:

@@ -79,7 +79,7 @@ def test_what_the_results_show_is_said_once_while_the_run_goes_on(place: Any, mo
     for _ in range(2):
         full.look(said.append)
     (line,) = said
-    assert line.startswith("About 0.3 KB are still to be written. That will not fit")
+    assert line.startswith("About 0.2 KB are still to be written. That will not fit: 0.0 KB may be filled")
 
 
 def test_a_workflow_that_does_not_say_how_large_its_pictures_are_is_not_guessed(place: Any) -> None:
