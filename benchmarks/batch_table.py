@@ -45,7 +45,8 @@ def markdown(results: Results) -> str:
         if part in results:
             head, *lines = make(results[part])
             rule = ["---"] * len(head)
-            parts += [f"**{title}**", "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))]
+            note = NOTES[part](results[part]) if part in NOTES else ""
+            parts += [f"**{title}**{note}", "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))]
     return "\n\n".join(parts)
 
 
@@ -100,6 +101,18 @@ def _memory(found: Results | None) -> str:
     return f"{found['tenth_mb']:.0f} MB, {found['end_mb']:.0f} MB" if found else ""
 
 
+def _real_note(found: Results) -> str:
+    return (
+        f": {found['rows']} rows of {found['steps']} steps; {found['same_pixels']} of them have the same pixels in all "
+        "ways. The first row is left out."
+    )
+
+
+def _rows_note(found: Results) -> str:
+    return f": {found['rows']} rows of {found['photos']} photographs, {found['encodings']} subjects"
+
+
+NOTES = {"real": _real_note, "rows": _rows_note}
 TABLES = {
     "dispatch": ("Without service time (simulated servers)", _dispatch),
     "servers": ("Log-normal service times (simulated servers)", _servers),

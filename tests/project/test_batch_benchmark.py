@@ -1,12 +1,11 @@
 """The benchmark of `moma_batch` runs in its simulated parts, and its tables read the results. Times are not judged."""
 
-import json
 from typing import Any
 
 import batch_table
 import pytest
 from batch_process import growth
-from batch_rows import AFTER, many_rows
+from batch_rows import many_rows
 from batch_simulated import efficiency, simulated
 
 pytestmark = [pytest.mark.newest]
@@ -34,25 +33,45 @@ def test_growth_is_that_of_the_second_half() -> None:
     assert growth([]) == {}
 
 
-def test_simulated_servers_do_all_rows() -> None:
-    found = simulated(2, 6, 0.01, None)
-    assert found["servers"] == 2 and found["rows_per_s"] > 0 and 0 < found["whole"] < 1
-    assert found["driver_peak_mb"] > 1 and found["driver_cpu_ms_per_row"] > 0
+@pytest.fixture(scope="module")
+def served() -> dict[str, Any]:
+    return simulated(2, 6, 0.01, None)
 
 
-def test_many_rows_are_half_done_and_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batch_rows.AFTER", 4)
-    found = many_rows(80)
-    assert AFTER > 4 and found["photos"] == 2 and found["encodings"] == 20
-    assert 60 <= found["first"]["tasks"] < 80, "all encodings, half of the pictures, and what ran at that moment"
-    assert all(found[part]["start_s"] > 0 and found[part]["peak_mb"] > 1 for part in ("check", "first", "resumed"))
+@pytest.fixture(scope="module")
+def many() -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("batch_rows.AFTER", 4)
+        return many_rows(80)
+
+
+def test_simulated_servers_do_all_rows(served: dict[str, Any]) -> None:
+    assert served["servers"] == 2 and served["rows_per_s"] > 0 and 0 < served["whole"] < 1
+    assert served["driver_peak_mb"] > 1 and served["driver_cpu_ms_per_row"] > 0
+
+
+def test_many_rows_are_half_done_and_gone_on_with(many: dict[str, Any]) -> None:
+    assert many["photos"] == 2 and many["encodings"] == 20
+    assert 60 <= many["first"]["tasks"] < 80, "all encodings, half of the pictures, and what ran at that moment"
+    for part in ("check", "first", "resumed"):
+        assert many[part]["start_s"] > 0 and many[part]["start_cpu_s"] > 0 and many[part]["peak_mb"] > 1
+
+
+def test_every_part_becomes_a_table(served: dict[str, Any], many: dict[str, Any]) -> None:
+    machine = {"cpu": "C", "cores": 2, "python": "3", "ray": "2", "comfyui": "0"}
+    memory = {"driver": {"tenth_mb": 30.0, "end_mb": 31.0}, "server": {"tenth_mb": 900.0, "end_mb": 901.0}}
+    ways = {"loop": {"s_per_row": 0.5, "memory": {}}, "local": {"s_per_row": 0.6, "memory": memory}}
+    real = {"rows": 6, "steps": 2, "same_pixels": 6, **ways}
+    results = {"machine": machine, "dispatch": {"local": served}, "servers": {"ray": [served]}, "rows": many}
+    text = batch_table.markdown({**results, "real": real})
+    assert all(f"**{title}" in text for title, _ in batch_table.TABLES.values())
+    assert "| this machine | 0.600 | +100 ms | 30 MB, 31 MB | 900 MB, 901 MB |" in text
+    assert "6 rows of 2 steps; 6 of them have the same pixels in all ways" in text
 
 
 def test_the_document_has_the_tables_of_the_results_files() -> None:
     text = batch_table.DOCUMENT.read_text(encoding="utf-8")
     assert batch_table.with_section(text) == text, "run `python3 benchmarks/batch_table.py`"
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in batch_table.RESULTS.glob("*.json")]
-    assert found and all(set(batch_table.TABLES) <= set(results) for results in found)
 
 
 def test_a_document_without_a_place_for_the_tables_is_refused() -> None:
