@@ -40,14 +40,14 @@ def small_world(rows: int, steps: int, comfyui: Path, ray: Path | None) -> dict[
         ray: The Python that has Ray; None leaves it out.
     """
     with tempfile.TemporaryDirectory(prefix="moma-benchmark-") as name:
-        folder = Path(name)
+        folder, load = Path(name), os.getloadavg()[0]
         table = _table(folder, rows, steps)
         ways = {"loop": _loop(folder, table, comfyui), "local": _run(folder, table, comfyui, None)}
         if ray is not None:
             ways["ray"] = _run(folder, table, comfyui, ray)
         pixels = [way.pop("pixels") for way in ways.values()]
         same = sum(all(found.get(row) == pixels[0][row] for found in pixels) for row in pixels[0])
-        return {"rows": rows, "steps": steps, "same_pixels": same, **ways}
+        return {"rows": rows, "steps": steps, "load": load, "same_pixels": same, **ways}
 
 
 def _table(folder: Path, rows: int, steps: int) -> Path:

@@ -30,7 +30,7 @@ def many_rows(count: int) -> dict[str, Any]:
         measured.
     """
     with tempfile.TemporaryDirectory(prefix="moma-benchmark-") as name:
-        folder = Path(name)
+        folder, load = Path(name), os.getloadavg()[0]
         out, table = folder / "out", _table(folder, count)
         encodings = count // SEEDS
         words = [str(table), "--out", str(out), "--workflow", str(GRAPH), "--server", "http://127.0.0.1:9"]
@@ -43,6 +43,7 @@ def many_rows(count: int) -> dict[str, Any]:
         seconds, start_s = ended[-1]["at"] - began[0]["at"], began[0]["at"] - first.began
         return {
             "rows": count,
+            "load": load,
             "photos": count // (PROMPTS * SEEDS),
             "encodings": encodings,
             "check": {"start_s": checked.wall_s, "start_cpu_s": checked.cpu_s, "peak_mb": checked.peak_mb},

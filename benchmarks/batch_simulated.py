@@ -34,7 +34,7 @@ def simulated(servers: int, rows: int, median_s: float, ray: Path | None) -> dic
         ray: The Python that has Ray, for the Ray backend; None for the local one.
 
     Returns:
-        Rows a second, CPU and memory of the driver, and the efficiency, see `efficiency`.
+        Rows a second, CPU and memory of the driver, the machine's load before it, and the efficiency, see `efficiency`.
     """
     with tempfile.TemporaryDirectory(prefix="moma-benchmark-") as name, ExitStack() as stack:
         folder = Path(name)
@@ -49,11 +49,13 @@ def simulated(servers: int, rows: int, median_s: float, ray: Path | None) -> dic
             python = str(ray)
             words += ["--address", "local", "--workers", str(servers), *_for_ray(folder, variables)]
         command = [python, str(ROOT / "moma_batch"), *words]
+        load = os.getloadavg()[0]
         found = measured(command, {**os.environ, "RAY_AUTH_MODE": "disabled"})
         return {
             "servers": servers,
             "rows": rows,
             "median_s": median_s,
+            "load": load,
             **result(found, lines_of(out / "journal.jsonl"), lines_of(log), servers),
         }
 

@@ -51,7 +51,7 @@ def markdown(results: Results) -> str:
 
 
 def _dispatch(found: Results) -> Iterator[Cells]:
-    yield ["workers", "simulated servers", "rows a second", "CPU of the driver for a row"]
+    yield ["workers", "simulated servers", "rows a second", "CPU of the driver for a row", "load before"]
     for name, one in found.items():
         yield [
             BACKENDS[name],
@@ -64,13 +64,13 @@ def _dispatch(found: Results) -> Iterator[Cells]:
 def _servers(found: Results) -> Iterator[Cells]:
     yield [
         *("workers", "simulated servers", "rows", "mean service time", "efficiency, whole run"),
-        *("without start and tail", "driver's peak"),
+        *("without start and tail", "driver's peak", "load before"),
     ]
     for name, runs in found.items():
         for one in runs:
             shares = [f"{one[kind]:.3f}" for kind in ("whole", "steady")]
             counts = [str(one["servers"]), str(one["rows"]), f"{one['mean_service_s']:.2f} s"]
-            yield [BACKENDS[name], *counts, *shares, f"{one['driver_peak_mb']:.0f} MB"]
+            yield [BACKENDS[name], *counts, *shares, f"{one['driver_peak_mb']:.0f} MB", f"{one['load']:.0f}"]
 
 
 def _rows(found: Results) -> Iterator[Cells]:
@@ -104,12 +104,13 @@ def _memory(found: Results | None) -> str:
 def _real_note(found: Results) -> str:
     return (
         f": {found['rows']} rows of {found['steps']} steps; {found['same_pixels']} of them have the same pixels in all "
-        "ways. The first row is left out."
+        "ways. The first row is left out. "
+        f"Load before: {found['load']:.0f}"
     )
 
 
 def _rows_note(found: Results) -> str:
-    return f": {found['rows']} rows of {found['photos']} photographs, {found['encodings']} subjects"
+    return f": {found['rows']} rows of {found['photos']} photographs, {found['encodings']} subjects. Load before: {found['load']:.0f}"
 
 
 NOTES = {"real": _real_note, "rows": _rows_note}

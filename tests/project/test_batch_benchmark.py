@@ -61,7 +61,7 @@ def test_every_part_becomes_a_table(served: dict[str, Any], many: dict[str, Any]
     machine = {"cpu": "C", "cores": 2, "python": "3", "ray": "2", "comfyui": "0"}
     memory = {"driver": {"tenth_mb": 30.0, "end_mb": 31.0}, "server": {"tenth_mb": 900.0, "end_mb": 901.0}}
     ways = {"loop": {"s_per_row": 0.5, "memory": {}}, "local": {"s_per_row": 0.6, "memory": memory}}
-    real = {"rows": 6, "steps": 2, "same_pixels": 6, **ways}
+    real = {"rows": 6, "steps": 2, "load": 1.0, "same_pixels": 6, **ways}
     results = {"machine": machine, "dispatch": {"local": served}, "servers": {"ray": [served]}, "rows": many}
     text = batch_table.markdown({**results, "real": real})
     assert all(f"**{title}" in text for title, _ in batch_table.TABLES.values())
