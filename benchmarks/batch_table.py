@@ -110,7 +110,8 @@ def _real_note(found: Results) -> str:
 
 
 def _rows_note(found: Results) -> str:
-    return f": {found['rows']} rows of {found['photos']} photographs, {found['encodings']} subjects. Load before: {found['load']:.0f}"
+    counts = f"{found['rows']} rows of {found['photos']} photographs, {found['encodings']} subjects"
+    return f": {counts}. Load before: {found['load']:.0f}"
 
 
 NOTES = {"real": _real_note, "rows": _rows_note}
