@@ -255,14 +255,14 @@ class Index:
 
     def pending(self, most: int) -> list[Task]:
         """Some pictures that are still to be made, from all over the table."""
-        query = f"SELECT {COLUMNS} FROM tasks WHERE state = 'pending' AND encodes = 0 ORDER BY key LIMIT ?"
-        return [task_of(found) for found in self._db.execute(query, (most,)).fetchall()]
+        query = "SELECT no FROM tasks WHERE state = 'pending' AND encodes = 0 ORDER BY key LIMIT ?"
+        return [self.by_number(no) for (no,) in self._db.execute(query, (most,)).fetchall()]
 
     def to_encode(self) -> Iterator[Task]:
         """Of each group with subjects that are still to be encoded, one."""
-        query = f"SELECT {COLUMNS} FROM tasks WHERE encodes = 1 AND state = 'pending' GROUP BY grp"
-        for found in self._db.execute(query):
-            yield task_of(found)
+        query = "SELECT min(no) FROM tasks WHERE encodes = 1 AND state = 'pending' GROUP BY grp"
+        for (no,) in self._db.execute(query).fetchall():  # numbers alone: what is sorted lies in memory
+            yield self.by_number(no)
 
     def _one(self, where: str, values: tuple[Any, ...]) -> Task | None:
         found = self._db.execute(f"SELECT {COLUMNS} FROM tasks WHERE {where}", values).fetchone()
