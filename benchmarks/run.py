@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +95,13 @@ def run_inside(options: argparse.Namespace) -> dict[str, Any]:
     return {"machine": first["machine"], "plan": options.plan, **results}
 
 
-def write(path: Path, results: dict[str, Any]) -> None:
+def write(path: Path, results: dict[str, Any], names: Sequence[str] = tuple(NAMES)) -> None:
     """The file gets these results; other parts in it stay if they come from the same machine, versions and plan."""
     path.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     same = all(known.get(name) == results[name] for name in ("machine", "plan"))
     merged = {**known, **results} if same else results
-    ordered = {name: merged[name] for name in ("machine", "plan", *NAMES) if name in merged}
+    ordered = {name: merged[name] for name in ("machine", "plan", *names) if name in merged}
     path.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
     print(f"Wrote {path}")
 

@@ -70,3 +70,14 @@ class Backend:
                 pool.shutdown(wait=True, cancel_futures=True)
         finally:
             self._end()
+
+
+def outcome_of(future: "Future[Outcome]") -> Outcome:
+    """What a worker says, or that there is no worker any more."""
+    error = future.exception()
+    return future.result() if error is None else Outcome("fault", f"the worker is gone: {error}", restart=True)
+
+
+def is_plain(future: "Future[Outcome]") -> bool:
+    """Whether the worker can go on at once."""
+    return future.exception() is None and future.result().status == "ok" and not future.result().restart

@@ -25,6 +25,7 @@ from .report import write_report
 from .results import PLAN, is_there, write_plan, write_results
 from .retry import FAILED, to_retry
 from .server import GoneError, Server
+from .space import Space
 from .table import TableError
 from .workers import MEGABYTE, backend_for, check_choice, choose_workflow
 
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--comfyui-args", default="", help="more for ComfyUI's command line, in one argument")
         command.add_argument("--address", help="a Ray cluster: auto, HOST:PORT, ray://HOST:PORT; local for none")
         command.add_argument("--server", action="append", default=[], metavar="URL", help="a server that runs already")
+        command.add_argument("--keep-free", type=int, default=256, metavar="MB", help="what stays free on the disk")
     run.add_argument("--only", choices=("encode", "sample"), help="one phase alone")
     run.add_argument("--workers", type=int, help="how many ComfyUIs to start; default: one for each card, else one")
     run.add_argument("--python", help="the Python that can run ComfyUI")
@@ -63,7 +65,6 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--server-wait", type=float, default=300, help="seconds to wait for a server that is away")
     run.add_argument("--restart-after", type=int, default=0, help="start a ComfyUI anew after so many prompts")
     run.add_argument("--max-memory", type=int, default=0, metavar="MB", help="start a ComfyUI anew that holds more")
-    run.add_argument("--keep-free", type=int, default=256, metavar="MB", help="stop when less is free on the disk")
     run.set_defaults(command=_run)
     check.set_defaults(command=_check)
     for name, command_, help_ in (
@@ -112,7 +113,13 @@ def _check(options: argparse.Namespace) -> int:
             f"{rows} rows: {sum(pictures.values())} pictures, {sum(subjects.values())} subjects to encode, "
             f"{pictures.get('ok', 0)} pictures done, {len(bad)} rows cannot be used."
         )
+        if space := _space(options, index).line():
+            print(space)
         return SOME_FAILED if bad or missing else OK
+
+
+def _space(options: argparse.Namespace, index: Index) -> Space:
+    return Space(options.out, index, options.keep_free * MEGABYTE, not (options.server or options.address))
 
 
 def _missing_nodes(options: argparse.Namespace) -> list[str]:
@@ -145,10 +152,18 @@ def _run(options: argparse.Namespace) -> int:
         content |= {"workers": list(backend.names), "workflow": str(options.workflow.resolve())}
         write_plan(options.out, content)
         progress = Progress(lambda: (index.counts(True), index.counts(False)))
+        space = _space(options, index)
+        if line := space.line():
+            progress.line(line)
         journal.add("run", {"host": socket.gethostname(), "pid": os.getpid(), "workers": content["workers"]})
         encodes = {None: None, "encode": True, "sample": False}[options.only]
         limits = Limits(options.timeout, options.keep_free * MEGABYTE, encodes)
-        driver = Driver(options.out, run_id, index, journal, backend, limits, progress.line, progress.tick)
+
+        def tick() -> None:
+            progress.tick()
+            space.look(progress.line)
+
+        driver = Driver(options.out, run_id, index, journal, backend, limits, progress.line, tick)
         with _signals(driver, progress):
             status = driver.run()
         progress.tick(now=True)

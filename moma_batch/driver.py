@@ -1,23 +1,23 @@
 """The loop: gives tasks to workers, publishes what they make, and decides what a failure means."""
 
-import errno
 import shutil
 import sqlite3
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .backend import Backend
+from .backend import Backend, is_plain, outcome_of
 from .graphs import graph_of, uploads_of
-from .index import Index, Task
+from .index import Index
 from .jobs import Job, Outcome
 from .journal import Journal
 from .phases import SAVER, with_subjects
-from .results import publish, subject_uploads
+from .results import Written, published, subject_uploads, why_full
+from .tasks import Task
 from .workflow import with_prefix
 
 OK, SOME_FAILED, USAGE, DISK_FULL, NO_WORKERS, STOPPED = 0, 1, 2, 3, 4, 130
@@ -26,6 +26,8 @@ MOST_ATTEMPTS = 3
 MOST_ROWS = 3
 """A worker on which so many rows in a row fail by a fault gets no more."""
 STARTS = 2
+WRITERS = 8
+"""So many results are written at a time."""
 TICK = 0.2
 
 
@@ -71,6 +73,7 @@ class Driver:
         self._running: dict[Future[Any], tuple[Place, Task | None, Job | None]] = {}
         self._resumed: dict[str, list[tuple[int, dict[str, Any]]]] = {}
         self._interrupted = False
+        self._disk = ThreadPoolExecutor(WRITERS, thread_name_prefix="disk")
 
     def stop(self) -> None:
         """Ctrl-C: the first one lets what runs end, the second one ends it."""
@@ -90,6 +93,7 @@ class Driver:
             self.full = str(error)
         finally:
             self.backend.close()
+            self._disk.shutdown()
         return self._status()
 
     def _loop(self) -> None:
@@ -109,14 +113,23 @@ class Driver:
             done, _ = wait(self._running, TICK, FIRST_COMPLETED)
             ended = [(future, *self._running.pop(future)) for future in done]
             for future, place, task, _ in ended:  # first new work for the workers, then what they made is written
-                if task is not None and self._may_start() and _is_plain(future):
+                if task is not None and self._may_start() and is_plain(future):
                     self._give(place)
-            for future, place, task, job in ended:
-                if task is None or job is None:
+            self._write([(place, t, job, outcome_of(future)) for future, place, t, job in ended if t and job])
+            for future, place, task, _ in ended:
+                if task is None:
                     self._made_well(place, future)
-                else:
-                    self._ended(place, task, job, _outcome(future))
             self.tick()
+
+    def _write(self, ended: "list[tuple[Place, Task, Job, Outcome]]") -> None:
+        """Publish what has been made, all at once: a disk may take its time for each file that must be on it."""
+        written = self._disk.map(lambda one: published(self.folder, one[1], one[3]), ended)
+        for (place, task, job, outcome), files in zip(ended, list(written), strict=True):
+            self._ended(place, task, job, outcome, files)
+        try:
+            self.journal.sync()
+        except OSError as error:
+            self.full = why_full(error)
 
     def _goes_on(self) -> bool:
         """Whether something runs, or will once a worker is well; nobody waits for a worker without rows for it."""
@@ -205,21 +218,10 @@ class Driver:
         graph = with_prefix(with_subjects(graph, names), prefix)
         if task.encodes:
             graph[SAVER]["inputs"]["filename_prefix"] = prefix
-        mark = {"id": task.id, "key": task.key}
-        attempt = task.attempts + 1
-        made = Job(
-            task.id,
-            task.key,
-            attempt,
-            prompt_id,
-            graph,
-            tuple(uploads),
-            task.encodes,
-            mark,
-            self.limits.timeout,
-            bool(resumed),
-        )
-        return task, made
+        mark, attempt = {"id": task.id, "key": task.key}, task.attempts + 1
+        sent, encodes, timeout = tuple(uploads), task.encodes, self.limits.timeout
+        job = Job(task.id, task.key, attempt, prompt_id, graph, sent, encodes, mark, timeout, bool(resumed))
+        return task, job
 
     def _take_back(self, only: Place | None = None) -> None:
         """What was chosen and has not begun is to be done by whoever comes first."""
@@ -228,16 +230,16 @@ class Driver:
                 self.index.put_back(place.next[0].no)
                 place.next = None
 
-    def _ended(self, place: Place, task: Task, job: Job, outcome: Outcome) -> None:
+    def _ended(self, place: Place, task: Task, job: Job, outcome: Outcome, files: Written) -> None:
         entry: dict[str, Any] = {"task": task.id, "key": task.key, "attempt": job.attempt, "status": outcome.status}
         entry |= {"worker": place.name, "seconds": outcome.seconds, "at": round(time.time(), 3)}
         entry |= {"message": outcome.message, "node": outcome.node} if outcome.message else {}
         try:
-            self._settle(place, task, outcome, entry)
+            if isinstance(files, OSError):
+                raise files
+            self._settle(place, task, outcome, {**entry, "files": files} if files else entry)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            self.full = str(error)
+            self.full = why_full(error)
             self.index.put_back(task.no)
         if outcome.restart and not place.retired and not self.stops:
             self._take_back(place)
@@ -245,7 +247,7 @@ class Driver:
 
     def _settle(self, place: Place, task: Task, outcome: Outcome, entry: dict[str, Any]) -> None:
         if outcome.status == "ok":
-            entry |= {"files": publish(self.folder, task, outcome.files), "versions": outcome.versions}
+            entry |= {"versions": outcome.versions}
             self.journal.add("end", entry)
             self.index.set_state(task.no, "ok", "", entry)
             place.failed_rows.clear()
@@ -288,14 +290,3 @@ class Driver:
             return NO_WORKERS
         ended_badly = any(states.get(state) for state in ("invalid", "refused", "failed", "poison"))
         return SOME_FAILED if ended_badly else OK
-
-
-def _outcome(future: "Future[Outcome]") -> Outcome:
-    """What a worker says, or that there is no worker any more."""
-    error = future.exception()
-    return future.result() if error is None else Outcome("fault", f"the worker is gone: {error}", restart=True)
-
-
-def _is_plain(future: "Future[Outcome]") -> bool:
-    """Whether the worker can go on at once."""
-    return future.exception() is None and future.result().status == "ok" and not future.result().restart

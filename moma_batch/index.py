@@ -3,10 +3,11 @@
 import contextlib
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from .tasks import COLUMNS, Planned, Task, task_of
 
 NAME = "index.sqlite"
 _DIGESTS = "CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, stamp TEXT, digest TEXT)"
@@ -28,40 +29,6 @@ CREATE TRIGGER counted AFTER UPDATE OF state, waiting ON tasks BEGIN
     + (NEW.state = 'pending' AND NEW.waiting = 0) WHERE g = NEW.grp; END;
 """
 ENDED = ("ok", "invalid", "refused", "failed", "poison")
-
-
-class Planned(NamedTuple):
-    """A task to put into the index; `needs` are the numbers of the encodings that come first."""
-
-    id: str
-    row: int
-    name: str | None
-    key: str
-    encodes: bool
-    grouped: str
-    sort: str
-    spec: dict[str, Any]
-    needs: Sequence[int] = ()
-
-
-@dataclass(frozen=True)
-class Task:
-    """A task of the index. `attempts` are those that were charged."""
-
-    no: int
-    id: str
-    row: int
-    name: str
-    key: str
-    encodes: bool
-    spec: dict[str, Any]
-    state: str
-    attempts: int
-    message: str
-    result: dict[str, Any]
-
-
-_COLUMNS = "no, id, row, name, key, encodes, spec, state, attempts, message, result"
 
 
 class Index:
@@ -272,20 +239,31 @@ class Index:
     def tasks(self, encodes: bool | None = False) -> Iterator[Task]:
         """All tasks, in the order of the table."""
         only = "" if encodes is None else f" WHERE encodes = {int(encodes)}"
-        for found in self._db.execute(f"SELECT {_COLUMNS} FROM tasks{only} ORDER BY no"):
-            yield _task(found)
+        for found in self._db.execute(f"SELECT {COLUMNS} FROM tasks{only} ORDER BY no"):
+            yield task_of(found)
 
     def counts(self, encodes: bool) -> dict[str, int]:
         """How many tasks are in each state."""
         query = "SELECT state, count(*) FROM tasks WHERE encodes = ? GROUP BY state"
         return {str(state): int(count) for state, count in self._db.execute(query, (encodes,))}
 
+    def sizes(self, most: int) -> list[int]:
+        """Bytes of what some finished tasks gave, pictures only, at most so many."""
+        query = "SELECT result FROM tasks WHERE state = 'ok' AND encodes = 0 LIMIT ?"
+        results = (json.loads(found) for (found,) in self._db.execute(query, (most,)))
+        return [sum(file["bytes"] for file in result["files"]) for result in results]
+
+    def pending(self, most: int) -> list[Task]:
+        """Some pictures that are still to be made, from all over the table."""
+        query = "SELECT no FROM tasks WHERE state = 'pending' AND encodes = 0 ORDER BY key LIMIT ?"
+        return [self.by_number(no) for (no,) in self._db.execute(query, (most,)).fetchall()]
+
+    def to_encode(self) -> Iterator[Task]:
+        """Of each group with subjects that are still to be encoded, one."""
+        query = "SELECT min(no) FROM tasks WHERE encodes = 1 AND state = 'pending' GROUP BY grp"
+        for (no,) in self._db.execute(query).fetchall():  # numbers alone: what is sorted lies in memory
+            yield self.by_number(no)
+
     def _one(self, where: str, values: tuple[Any, ...]) -> Task | None:
-        found = self._db.execute(f"SELECT {_COLUMNS} FROM tasks WHERE {where}", values).fetchone()
-        return _task(found) if found else None
-
-
-def _task(found: tuple[Any, ...]) -> Task:
-    no, task_id, row, name, key, encodes, spec, state, attempts, message, result = found
-    read = json.loads(result) if result else {}
-    return Task(no, task_id, row, name or "", key, bool(encodes), json.loads(spec), state, attempts, message, read)
+        found = self._db.execute(f"SELECT {COLUMNS} FROM tasks WHERE {where}", values).fetchone()
+        return task_of(found) if found else None

@@ -12,6 +12,8 @@ from .table import RowError
 
 SERVER_FOLDER = "moma_batch"
 """Where a server's input folder has what is uploaded."""
+KEPT = 256
+"""So many files are known without asking the disk again: rows that follow one another often name the same ones."""
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 
 
@@ -21,6 +23,7 @@ class Inputs:
     def __init__(self, index: Index, folders: Sequence[Path]) -> None:
         """Look below `folders`; a relative name is relative to the first."""
         self._index, self._folders = index, [folder.resolve() for folder in folders]
+        self._found: dict[tuple[str, bool], tuple[Upload, str]] = {}
 
     def find(self, column: str, name: str, picture: bool = True) -> tuple[Upload, str]:
         """The file as it is to be uploaded, named after its content, and its SHA-256.
@@ -28,6 +31,14 @@ class Inputs:
         Raises:
             RowError: It is missing, lies elsewhere, is no whole picture, or a URL.
         """
+        known = (name, picture)
+        if known not in self._found:
+            if len(self._found) >= KEPT:
+                self._found.clear()
+            self._found[known] = self._find(column, name, picture)
+        return self._found[known]
+
+    def _find(self, column: str, name: str, picture: bool) -> tuple[Upload, str]:
         if _URL.match(name):
             raise RowError(f"{column} is {name[:80]!r}: addresses are not fetched; download it and name the file")
         try:

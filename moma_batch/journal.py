@@ -19,6 +19,7 @@ class Journal:
         self._file = (folder / name).open("ab+")
         self._file.seek(0, os.SEEK_END)
         self._close_torn_line()
+        self._unsynced = False
 
     def _close_torn_line(self) -> None:
         if self._file.tell() == 0:
@@ -28,21 +29,26 @@ class Journal:
             self._file.write(b"\n")
 
     def add(self, event: str, entry: Mapping[str, Any], kept: bool = True) -> None:
-        """Append one entry.
+        """Append one entry. One that does not get into the file whole leaves no half line.
 
         Args:
-            kept: Return only once it is on the disk. An entry that does not get there whole leaves no half line.
+            kept: It must outlive the machine: `sync` has it on the disk, with all others since the last `sync`.
         """
         line = json.dumps({"event": event, "at": round(time.time(), 3), **entry}).encode() + b"\n"
         start = self._file.seek(0, os.SEEK_END)
         try:
             self._file.write(line)
             self._file.flush()
-            if kept:
-                os.fsync(self._file.fileno())
         except OSError:
             self._discard(start)
             raise
+        self._unsynced |= kept
+
+    def sync(self) -> None:
+        """Return once every entry that is to be kept is on the disk."""
+        if self._unsynced:
+            os.fsync(self._file.fileno())
+            self._unsynced = False
 
     def _discard(self, start: int) -> None:
         """Forget what could not be written, in the buffer too."""
@@ -53,8 +59,11 @@ class Journal:
         self._file = open(name, "ab+")  # noqa: SIM115
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Sync and close the file."""
+        try:
+            self.sync()
+        finally:
+            self._file.close()
 
 
 def entries(folder: Path, name: str = NAME) -> Iterator[dict[str, Any]]:

@@ -43,14 +43,15 @@ def without_encoding(graph: Graph, subjects: dict[str, str]) -> Graph:
     for name, subject in subjects.items():
         above = upstream(graph, name) - {name}
         kept[name] = {"class_type": LOAD, "inputs": {"subject_name": subject}}
-        while unused := [one for one in above if one in kept and not _used(kept, one)]:
+        while unused := (above & kept.keys()) - _used(kept):
             for one in unused:
                 del kept[one]
     return kept
 
 
-def _used(graph: Graph, name: str) -> bool:
-    return any(str(v[0]) == name for node in graph.values() for v in node["inputs"].values() if is_link(v))
+def _used(graph: Graph) -> set[str]:
+    """The nodes whose outputs others take."""
+    return {str(v[0]) for node in graph.values() for v in node["inputs"].values() if is_link(v)}
 
 
 def with_subjects(graph: Graph, files: dict[str, str]) -> Graph:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from .graphs import whole, workflow_at
-from .index import Index, Planned
+from .index import Index
 from .inputs import Inputs
 from .jobs import Graph, Upload
 from .journal import entries
 from .phases import PLACEHOLDER, encodings, without_encoding
 from .table import Row, RowError, TableError, read_rows, seeds
+from .tasks import Planned
 from .workflow import DEFAULT, FILES, SAVE_IMAGE, has_seed, node_called
 
 Identity = Callable[[Graph], list[str]]
@@ -44,6 +45,8 @@ class Planner:
     split: bool = True
     problems: int = 0
     _files: Inputs = field(init=False)
+    _last: "tuple[Any, list[tuple[str, Planned]]]" = field(init=False, default=(None, []))
+    """The encodings of the row before, which rows that differ in their seed alone share."""
 
     def __post_init__(self) -> None:
         """Look for files below the table's folder."""
@@ -110,18 +113,13 @@ class Planner:
         spec: dict[str, Any] = {"workflow": str(path), "values": values, "seed": None}
         spec["files"] = {text: [upload.name, str(upload.path)] for text, upload in files.items()}
         grouped = f"{path}|{values.get('checkpoint', '')}|{digest.get(values.get('image', ''), '')}"
-        parts: list[tuple[str, Planned]] | None = None
         chosen = seeds(row.values.get("seed"))
         for seed in chosen:
             graph = whole(workflow, values, seed, files)
             if not any(node["class_type"].startswith("Save") for node in graph.values()):
                 raise RowError("workflow: it saves nothing; add Save Image")
             order = f"{values.get('prompt', '')}|{seed or 0:020}"
-            if parts is None:
-                found = list(encodings(graph)) if self.split and "subject_file" not in values else []
-                if any(has_seed(part) for _, part in found):
-                    found = []  # they would be others for each seed
-                parts = [(n, self._encoding(row, part, {**spec, "node": n}, grouped, order)) for n, part in found]
+            parts = self._parts(row, graph, spec, grouped, order)
             subjects = {node: part.key for node, part in parts}
             graph = without_encoding(graph, {node: PLACEHOLDER + key for node, key in subjects.items()})
             suffix = f"_{seed}" if len(chosen) > 1 else ""
@@ -129,6 +127,19 @@ class Planner:
             key = self._key(graph)
             task = Planned(f"{row_id}{suffix}", row.number, f"{name}{suffix}", key, False, grouped, order, own)
             yield task, [part for _, part in parts]
+
+    def _parts(
+        self, row: Row, graph: Graph, spec: dict[str, Any], grouped: str, order: str
+    ) -> list[tuple[str, Planned]]:
+        """What encodes the subjects of a row, by the nodes of its graph that look at them."""
+        shared = (spec["workflow"], list(spec["values"].items()), spec["files"])
+        if self._last[0] != shared:
+            found = list(encodings(graph)) if self.split and "subject_file" not in spec["values"] else []
+            if any(has_seed(part) for _, part in found):
+                found = []  # they would be others for each seed
+            made = [(name, self._encoding(row, part, {**spec, "node": name}, grouped, order)) for name, part in found]
+            self._last = (shared, made)
+        return self._last[1]
 
     def _encoding(self, row: Row, part: Graph, spec: dict[str, Any], grouped: str, order: str) -> Planned:
         key, text = self._key(part), json.dumps(part)

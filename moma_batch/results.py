@@ -1,6 +1,7 @@
 """Publishing: files appear whole or not at all, and a result counts once the journal has it."""
 
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -8,20 +9,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .index import Index, Task
+from .index import Index
 from .inputs import SERVER_FOLDER
-from .jobs import Produced, Upload
+from .jobs import Outcome, Produced, Upload
+from .tasks import Task
 
 IMAGES, SUBJECTS, RESULTS, PLAN = "images", "subjects", "results.csv", "plan.json"
 PICTURES = ".pictures"
 """How the file ends that has the picture and mask of saved subjects beside it."""
+Written = list[dict[str, Any]] | OSError
+"""The files of a task as the journal names them, or why they could not be written."""
 _COLUMNS = ("id", "row", "status", "picture", "attempts", "node", "message", "worker", "seconds", "sha256", "key", "at")
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears only once it is on the disk, in the place of one that was there."""
+def write_whole(path: Path, content: bytes, named: str = "") -> None:
+    """Write a file that appears only once it is on the disk, in the place of one that was there.
+
+    Args:
+        named: What it is called until then, before ".part", if several may be written at once in the one's place.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
+    partial = path.with_name((named or path.name) + ".part")
     try:
         with partial.open("wb") as file:
             file.write(content)
@@ -40,7 +48,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def publish(folder: Path, task: Task, files: tuple[Produced, ...]) -> list[dict[str, Any]]:
-    """Put what a task made into the run's folder; what the journal is to say of it."""
+    """Put what a task made into the run's folder; what the journal is to say of it. Runs beside that of other tasks."""
     published = []
     if task.encodes:
         pictures = next((file for file in files if file.name.endswith(PICTURES)), None)
@@ -57,9 +65,24 @@ def publish(folder: Path, task: Task, files: tuple[Produced, ...]) -> list[dict[
         path = inside(folder, name)
         digest = hashlib.sha256(content).hexdigest()
         if not (name.endswith(PICTURES) and path.is_file() and path.stat().st_size == len(content)):
-            write_whole(path, content)
+            write_whole(path, content, task.key + PICTURES if name.endswith(PICTURES) else "")
         said.append({"name": name, "bytes": len(content), "sha256": digest})
     return said
+
+
+def published(folder: Path, task: Task, outcome: Outcome) -> Written:
+    """Publish what an attempt made, if it ended well."""
+    try:
+        return publish(folder, task, outcome.files) if outcome.status == "ok" else []
+    except OSError as error:
+        return error
+
+
+def why_full(error: OSError) -> str:
+    """The words of an error that says that the disk is full; raises any other."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise error
+    return str(error)
 
 
 def inside(folder: Path, name: str) -> Path:

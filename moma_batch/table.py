@@ -122,16 +122,19 @@ def _parquet(path: Path) -> Iterator[Row]:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise TableError(f"{path}: Parquet needs pyarrow in this Python: pip install pyarrow, or use CSV.") from error
-    file = ParquetFile(path)
-    check_columns(file.schema_arrow.names, path)
     number = 0
-    for batch in file.iter_batches(1024):
-        for found in batch.to_pylist():
-            number += 1
-            try:
-                yield Row(number, _texts(found.items()))
-            except RowError as error:
-                yield Row(number, problem=str(error))
+    try:
+        file = ParquetFile(path)
+        check_columns(file.schema_arrow.names, path)
+        for batch in file.iter_batches(1024):
+            for found in batch.to_pylist():
+                number += 1
+                try:
+                    yield Row(number, _texts(found.items()))
+                except RowError as error:
+                    yield Row(number, problem=str(error))
+    except (OSError, ValueError) as error:  # pyarrow's own errors are kinds of these
+        raise TableError(f"{path} cannot be read as Parquet, after {number} rows: {error}") from error
 
 
 def check_columns(names: Iterable[str], path: Path) -> None:
@@ -155,8 +158,10 @@ def check_columns(names: Iterable[str], path: Path) -> None:
 def _texts(cells: Iterable[tuple[str, Any]]) -> dict[str, str]:
     values = {}
     for name, value in cells:
-        if isinstance(value, dict | list):
-            raise RowError(f"{name} holds {json.dumps(value)[:80]}; a cell is a text, a number, true or false")
+        if isinstance(value, dict | list | bytes):
+            raise RowError(f"{name} holds {str(value)[:80]}; a cell is a text, a number, true or false")
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # where a column of whole numbers has gaps, other tools write 7.0 for 7
         text = json.dumps(value) if isinstance(value, bool) else "" if value is None else str(value)
         if text.strip():
             values[name] = text

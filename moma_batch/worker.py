@@ -199,6 +199,7 @@ class Worker:
         if not files:
             return Outcome("failed", "the prompt ended without a file")
         produced = [Produced(str(file["filename"]), server.output(file)) for file in files]
+        self._drop(files)
         for one in produced:
             if not one.content:
                 raise BrokenPictureError(f"{one.name} is empty")
@@ -206,6 +207,17 @@ class Worker:
                 check_picture(one.content)
                 _check_mark(one, job)
         return Outcome("ok", files=tuple(produced))
+
+    def _drop(self, files: list[dict[str, str]]) -> None:
+        """Delete what was fetched from a server of our own: the run's folder keeps it, and needs no second copy."""
+        if self.spec.launch is None:
+            return
+        output = (self.spec.launch.folder / "output").resolve()
+        for file in files:
+            path = output / str(file["subfolder"]) / str(file["filename"])
+            if path.resolve().is_relative_to(output):
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
     def _is_due(self) -> bool:
         """Whether our process has done or holds so much that it is to be started anew."""

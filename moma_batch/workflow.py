@@ -1,6 +1,5 @@
 """An API prompt whose inputs are filled from a row."""
 
-import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -226,7 +225,7 @@ def upstream(graph: Graph, name: str) -> set[str]:
 
 def with_prefix(graph: Graph, prefix: str) -> Graph:
     """A copy in which every SaveImage writes below this prefix, so that no attempt is answered from a cache."""
-    graph = copy.deepcopy(graph)
+    graph = {name: {**node, "inputs": dict(node["inputs"])} for name, node in graph.items()}
     savers = [node for node in graph.values() if node["class_type"] == SAVE_IMAGE]
     for number, node in enumerate(savers):
         node["inputs"]["filename_prefix"] = f"{prefix}_{number}" if number else prefix

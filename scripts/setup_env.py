@@ -32,6 +32,7 @@ from comfyui_source import (
 # ComfyUI leaves these unpinned; this trio is one that fits together.
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 RAY = "ray[client]==2.60.0"
+PYARROW = "pyarrow==22.0.0"
 STAMP = "comfyui-moma.stamp"
 LOCAL = "127.0.0.1,localhost"
 PROBE = """
@@ -97,11 +98,24 @@ def ensure_ray() -> Path:
     Raises:
         SetupError: It cannot be made.
     """
-    venv = cache_dir() / "venv-ray"
+    return _ensure_plain("venv-ray", RAY)
+
+
+def ensure_pyarrow() -> Path:
+    """The Python of an environment with pyarrow alone, for tables in Parquet.
+
+    Raises:
+        SetupError: It cannot be made.
+    """
+    return _ensure_plain("venv-pyarrow", PYARROW)
+
+
+def _ensure_plain(name: str, requirement: str) -> Path:
+    venv = cache_dir() / name
     python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    stamp_file, stamp = venv / STAMP, _digest([RAY, sys.version])
+    stamp_file, stamp = venv / STAMP, _digest([requirement, sys.version])
     if not (stamp_file.is_file() and stamp_file.read_text(encoding="utf-8") == stamp and _succeeds(python, "-c", "")):
-        _install(_make_venv(venv, python), python, [RAY])
+        _install(_make_venv(venv, python), python, [requirement])
         stamp_file.write_text(stamp, encoding="utf-8")
     return python
 

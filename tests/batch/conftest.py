@@ -17,7 +17,7 @@ from workbench import ROOT
 
 FAKE = Path(__file__).parent / "fake_comfyui"
 COLUMNS = ("id", "image", "subject", "prompt", "seed")
-SECONDS = 300
+SECONDS = 1800
 
 sys.path.append(str(ROOT))
 

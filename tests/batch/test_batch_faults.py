@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 pytestmark = [pytest.mark.newest, pytest.mark.skipif(os.name == "nt", reason="kills processes by signals")]
+SECONDS = 1800
+"""For a run that should end by itself: none is judged by its time."""
 
 
 def rows(count: int, prompt: str = "a cup") -> list[list[str]]:
@@ -84,7 +86,7 @@ def kill_at_random(place: Any, count: int, kills: int, seed: int) -> int:
                 lost += 1
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 0, output
     return lost
 
@@ -258,7 +260,7 @@ def test_a_second_driver_is_refused(place: Any) -> None:
     status, output = place.do("run", str(table), "--one-phase", own=1)
     assert status == 2 and f"Another moma_batch works in {place.out}" in output and str(process.pid) in output
     assert "A driver works in the folder." in place.do("status")[1]
-    process.communicate(timeout=300)
+    process.communicate(timeout=SECONDS)
     assert process.returncode == 0
     assert_whole(place, 3)
     assert "pictures: ok 3, of 3" in place.do("status")[1]
@@ -269,7 +271,7 @@ def test_ctrl_c_lets_what_runs_end(place: Any) -> None:
     process = place.start("run", str(table), "--one-phase", own=2)
     place.wait(lambda: len(place.executed()) == 2)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 130 and "Ctrl-C once more" in output
     assert [found["status"] for found in place.results()].count("ok") == 2 == len(place.executed())
     assert place.do("run", str(table), "--one-phase", own=2)[0] == 0
@@ -286,7 +288,7 @@ def test_ctrl_c_twice_ends_it_at_once(place: Any) -> None:
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 130 and "Stopping at once." in output
     assert place.do("run", str(table), "--one-phase", "--server", url)[0] == 0
     assert place.executed().count("long") == 2
@@ -311,6 +313,6 @@ def test_a_server_that_comes_back_goes_on(place: Any) -> None:
     server.wait()
     time.sleep(0.3)
     place.server(int(url.rpartition(":")[2]))
-    assert process.wait(300) == 0
+    assert process.wait(SECONDS) == 0
     assert_whole(place, 6)
     assert len(place.executed()) == 7

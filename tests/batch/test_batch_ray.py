@@ -18,7 +18,7 @@ from setup_env import ensure_ray
 from workbench import ROOT
 
 HERE = Path(__file__).parent
-SECONDS = 120
+SECONDS = 1800
 WRAPPER = """import os, runpy
 os.environ.update({variables})
 runpy.run_path({main!r}, run_name="__main__")

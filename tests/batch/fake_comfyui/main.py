@@ -56,12 +56,12 @@ def png(pixels: bytes, side: int, texts: dict[str, str]) -> bytes:
 class Fake:
     """The queue, the history and the folders."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, number: int) -> None:
         self.input, self.output = Path(options.input_directory), Path(options.output_directory)
         self.log = os.environ.get("FAKE_LOG")
         self.marks = Path(os.environ.get("FAKE_MARKS", options.output_directory))
         self.median = float(os.environ.get("FAKE_SECONDS", "0"))
-        self.random = random.Random(options.port or os.getpid())
+        self.random = random.Random((options.port or os.getpid()) + number)
         self.pending: list[tuple[str, dict, dict]] = []
         self.running: list[tuple[str, dict, dict]] = []
         self.history: dict[str, dict] = {}
@@ -117,7 +117,15 @@ class Fake:
         if self.log:
             with open(self.log, "a", encoding="utf-8") as file:
                 file.write(
-                    json.dumps({"id": mark.get("id"), "prompt_id": prompt_id, "pid": os.getpid(), "seconds": seconds})
+                    json.dumps(
+                        {
+                            "id": mark.get("id"),
+                            "prompt_id": prompt_id,
+                            "pid": os.getpid(),
+                            "seconds": seconds,
+                            "at": time.time(),
+                        }
+                    )
                     + "\n"
                 )
         for node in graph.values():
@@ -284,13 +292,15 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--input-directory", required=True)
     parser.add_argument("--output-directory", required=True)
+    parser.add_argument("--servers", type=int, default=1, help="so many in this process, each on a port of its own")
     options, _ = parser.parse_known_args()
     time.sleep(float(os.environ.get("FAKE_START_SECONDS", "0")))
-    Handler.fake = Fake(options)
-    server = Threads(("127.0.0.1", options.port), Handler)
-    print(server.server_address[1], flush=True)
-    threading.Thread(target=Handler.fake.loop, daemon=True).start()
-    server.serve_forever()
+    for number in range(options.servers):
+        fake = Fake(options, number)
+        server = Threads(("127.0.0.1", options.port), type("OneHandler", (Handler,), {"fake": fake}))
+        print(server.server_address[1], flush=True)
+        threading.Thread(target=fake.loop, daemon=True).start()
+        threading.Thread(target=server.serve_forever).start()
 
 
 if __name__ == "__main__":
