@@ -26,8 +26,8 @@ class Measured:
     Attributes:
         began: When it was started, in seconds since the epoch.
         wall_s: From its start to its end.
-        cpu_s: Of its own, not of what it started.
-        peak_mb: The most main memory that it held at a time.
+        cpu_s: Of its own, and of what it started and waited for.
+        peak_mb: The most main memory that it, or one of those, held at a time: servers count where it starts some.
         output: What it printed.
         samples: Per process that was looked at, (seconds since the start, MB) in order.
     """

@@ -58,6 +58,7 @@ def _dispatch(found: Results) -> Iterator[Cells]:
             str(one["servers"]),
             f"{one['rows_per_s']:.0f}",
             f"{one['driver_cpu_ms_per_row']:.1f} ms",
+            f"{one['load']:.0f}",
         ]
 
 

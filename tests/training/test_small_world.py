@@ -1,9 +1,9 @@
 """The published small world draws its subjects: held-out ones, asked for in places and of materials.
 
-Measured with the published files, over three draws of noise: distance 1.64 to 1.96 (the prompt alone: 2.67), place
-right in 13 or 14 of 16 pictures, class and material in all, mask 0.37 to 0.40.
-With the reference in noise the distance is 2.23, with the found mask inverted 2.21 and the mask 0.11. Keys and values
-not projected (2.03) and the picture at the end of the instruction (2.01) are not told from another draw of noise yet.
+Measured with the published files, two draws of noise: distance 1.40 and 1.41 (the prompt alone: 2.65), place right
+in 15 of 16 pictures, class and material in all, mask 0.81 and 0.79. Each of these fails: the picture at the end of the
+instruction (distance 1.51), keys and values not projected (1.87), the reference in noise (1.89), the mask inverted
+(2.13, and it 0.06).
 """
 
 from collections.abc import Sequence
@@ -44,17 +44,17 @@ def mean(readings: Sequence[Read], what: str) -> float:
 
 
 def test_the_subject_comes_through(somewhere: list[Read]) -> None:
-    assert mean(somewhere, "distance") < 2.15, somewhere
+    assert mean(somewhere, "distance") < 1.46, somewhere
 
 
 def test_the_prompt_decides_where_and_what_it_is(somewhere: list[Read]) -> None:
-    assert mean(somewhere, "aimed") > 0.65, somewhere
+    assert mean(somewhere, "aimed") > 0.8, somewhere
     assert mean(somewhere, "kind") > 0.9, somewhere
 
 
 def test_the_found_mask_lies_on_the_subject(somewhere: list[Read]) -> None:
     overlaps = [reading.overlap for reading in somewhere if reading.overlap is not None]
-    assert len(overlaps) == len(somewhere) and fmean(overlaps) > 0.28, somewhere
+    assert len(overlaps) == len(somewhere) and fmean(overlaps) > 0.7, somewhere
 
 
 def test_a_material_takes_the_place_of_the_colours(made_anew: list[Read]) -> None:
