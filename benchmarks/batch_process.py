@@ -52,7 +52,8 @@ def measured(
     Raises:
         RunError: It ended with another one.
     """
-    began, samples, ended = time.time(), dict[str, list[tuple[float, float]]](), threading.Event()
+    began, ended = time.time(), threading.Event()
+    samples: dict[str, list[tuple[float, float]]] = {"driver": []}
     process = subprocess.Popen(
         command, env=dict(variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
     )

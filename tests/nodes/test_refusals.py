@@ -94,10 +94,10 @@ def test_a_broken_region_mask(model: Any, adapter: Any, subject: Any) -> None:
             apply(model, adapter, subject, region_mask=region)
 
 
-def test_no_picture(adapter: Any) -> None:
+def test_no_picture(mllm: Any, adapter: Any) -> None:
     """Of Load MoMA Checkpoint with a whole checkpoint and no image connected."""
     with pytest.raises(ValueError, match=r"^image has no picture: .*Unmute the Load Image before it.*Ctrl\+M"):
-        ExtractSubject.execute(None, adapter, None, "cup", "A cup.", "squash")
+        ExtractSubject.execute(mllm, adapter, None, "cup", "A cup.", "squash")
 
 
 def test_a_vae_that_gives_nan(model: Any, adapter: Any, subject: Any) -> None:

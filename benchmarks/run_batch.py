@@ -1,4 +1,4 @@
-"""What `moma_batch` costs and how it scales: `python3 benchmarks/batch.py` sets up what it needs and measures.
+"""What `moma_batch` costs and how it scales: `python3 benchmarks/run_batch.py` sets up what it needs and measures.
 
 Close other programs first. Servers are simulated in the parts dispatch, servers and rows, and real in `real`.
 """
