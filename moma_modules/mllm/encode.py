@@ -121,7 +121,7 @@ def looks(loaded: LoadedMllm, picture: str, pixels: Tensor, instructions: Sequen
         with _after_each(module.layers(), lambda: _step(progress)):
             on_device, made = _look(loaded, pixels, pack, kept)
         hidden = on_device.to("cpu", torch.float32)
-        sound = bool(hidden.isfinite().all())
+        sound = _is_sound(hidden)
         if len(pack) > 1 and not sound:  # NaN times a weight of 0 is NaN: it reaches those that do not see it, too
             packs.extendleft([ids] for ids in reversed(pack))
             continue
@@ -129,6 +129,11 @@ def looks(loaded: LoadedMllm, picture: str, pixels: Tensor, instructions: Sequen
             kept = made
             loaded.beginnings.put(picture, made)
         yield from hidden[:, None]
+
+
+def _is_sound(hidden: Tensor) -> bool:
+    """Whether hidden states hold numbers only."""
+    return bool(hidden.isfinite().all())
 
 
 def _packs(instructions: Sequence[list[int]]) -> Iterator[list[list[int]]]:
