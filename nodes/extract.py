@@ -129,21 +129,10 @@ class ExtractSubject(io.ComfyNode):
         return []
 
     @classmethod
-    def execute(
-        cls,
-        mllm: Mllm,
-        adapter: Adapter,
-        image: Any,
-        subject: str,
-        prompt: str,
-        fit: str,
-        cache: bool = True,
-        mask: Any = None,
-        mask_threshold: float = DEFAULT_THRESHOLD,
-    ) -> io.NodeOutput:
-        given = (mllm, adapter, image, subject, prompt, fit, cache, mask, mask_threshold)
+    def execute(cls, mllm: Mllm, adapter: Adapter, *inputs: Any, **named: Any) -> io.NodeOutput:
+        """The inputs are those of `_Entry.of`."""
         with executing_entry(mllm) as (entries, number):
-            entry: _Entry = entries.entry(number, lambda: _Entry.of(*given))
+            entry: _Entry = entries.entry(number, lambda: _Entry.of(mllm, adapter, *inputs, **named))
             text = "\n".join([coverage(entry.references.masks), *entry.references.notes])
             show_text("\n".join([text, *entries.refused()]))  # before it runs: there may be a reason to stop
             made = entry.subject(mllm, adapter, entries.answers(mllm, entry))

@@ -38,7 +38,7 @@ TEXT_CONFIG: dict[str, Any] = {
 }
 PLAN = Plan(samples=1_000_000, batch=32, rate=1.5e-3, warm_up=50, ema=0.995, muon=4e-3)
 LOCALISED = 0.1
-"""Weight of the loss that asks the attention to the class's word onto the thing, see `localised.py`."""
+"""Weight of the loss that asks the attention to the class's word all over the thing, see `localised.py`."""
 
 _NO_TEXT = 0.1
 """How often the text is left out, for classifier-free guidance."""

@@ -1,5 +1,6 @@
 """The benchmark of `moma_batch` runs in its simulated parts, and its tables read the results. Times are not judged."""
 
+import re
 from typing import Any
 
 import batch_table
@@ -66,6 +67,8 @@ def test_every_part_becomes_a_table(served: dict[str, Any], many: dict[str, Any]
     text = batch_table.markdown({**results, "real": real})
     assert all(f"**{title}" in text for title, _ in batch_table.TABLES.values())
     assert "| this machine | 0.600 | +100 ms | 30 MB, 31 MB | 900 MB, 901 MB |" in text
+    for table in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
+        assert len({line.count("|") for line in table.splitlines()}) == 1, table
     assert "6 rows of 2 steps; 6 of them have the same pixels in all ways" in text
 
 
