@@ -18,11 +18,11 @@ CURVES = "images/agreement.png"
 
 
 def truth(kind: str, read: list[Read]) -> float:
-    """What the probe knows of a setting's pictures: how near they are to their own reference; how often the place or
-    material is the one asked for."""
+    """What the probe knows of a setting's pictures: how near they are to their own reference; how sure it is of the
+    place or material asked for, which still tells settings apart where all are right."""
     if kind == "likeness":
         return -statistics.fmean(each.distance for each in read)
-    return statistics.fmean(each.aimed for each in read)
+    return statistics.fmean(each.sure for each in read)
 
 
 def setting_of(line: Line) -> Setting:

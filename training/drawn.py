@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from workbench.small_world import ADAPTER, CFG, CHECKPOINT, MLLM, STEPS
 
@@ -24,7 +25,7 @@ from .data import to_tensor
 from .description import COLOURS, COUNT, NAMED, SHAPE
 from .drawing import Product
 from .painter import paint
-from .probe import Probe, Reading
+from .probe import MASK_SIDE, Probe, Reading
 from .words import MATERIAL_WORDS, PLACE_WORDS, SYNONYMS
 from .world import CLASSES, SIDE, Subject, draw_scene, draw_subject
 
@@ -62,11 +63,13 @@ class Read:
 
     Attributes:
         distance: To the subject's own reference, see `looks`.
+        sure: The share that the probe gives to the place or material asked for, 0..1.
     """
 
     found: bool
     distance: float
     aimed: bool
+    sure: float
     kind: bool
     shape: float
     overlap: float | None
@@ -128,6 +131,16 @@ class SmallWorld:
         masks = None if run is None else run.masks[moma.key].float().cpu()
         return pictures, self._read(number, self._probe(pictures), masks, place, material)
 
+    def painted(self, number: int, place: str | None, material: str | None) -> list[Read]:
+        """What is read in pictures of the painter's own, one for each seed: the best that drawn ones can come to."""
+        asked = (self._subjects[number], place, material)
+        scenes = [paint(draw_scene(random.Random(f"painted {number} {i}"), *asked)) for i in range(len(self._noise))]
+        covered = torch.stack([torch.from_numpy(mask.copy()).float() for _, mask in scenes])
+        masks = avg_pool2d(covered, SIDE // MASK_SIDE)
+        with torch.inference_mode():
+            reading = self._probe(torch.stack([to_tensor(picture) for picture, _ in scenes]))
+        return self._read(number, reading, masks, place, material)
+
     def prompt(self, number: int, place: str | None, material: str | None) -> str:
         """What asks for a subject in a place or of a material."""
         made = f" {MATERIAL_WORDS[material][0]}" if material else ""
@@ -170,6 +183,7 @@ class SmallWorld:
         distances = torch.cdist(looks(reading), self._looks)
         named = {name: logits.argmax(dim=1) for name, logits in reading.named.items()}
         aim, wanted = ("material", material) if material else ("place", place)
+        shares = reading.named[aim].softmax(dim=1)
         kind = NAMED["class"].index(subject.name)
         shapes = (reading.numbers[:, SHAPE] + 1) / 2 - torch.tensor(subject.shape)
         found = []
@@ -183,6 +197,7 @@ class SmallWorld:
                     found=int(from_all.argmin()) == number,
                     distance=float(from_all[number]),
                     aimed=NAMED[aim][int(named[aim][i])] == wanted,
+                    sure=float(shares[i, NAMED[aim].index(wanted)]),
                     kind=int(named["class"][i]) == kind,
                     shape=float(shapes[i].abs().mean()),
                     overlap=overlap,

@@ -110,11 +110,16 @@ def main() -> None:
             name, [read for i in range(count) for what in MATERIALS for read in world.draw(i, None, what, used)[1]]
         )
 
+    def painted(asked: list[tuple[int, str | None, str | None]]) -> Row:
+        return Row.of("painted, not drawn", [read for each in asked for read in world.painted(*each)])
+
+    everyone = range(options.subjects)
     tables = {
         "New context (strength 1.0)": (
             "place",
             [
                 context("**MoMA**", Variant(), options.subjects),
+                painted([(i, where, None) for i in everyone for where in places[i]]),
                 context("the prompt alone", Variant(plain=True)),
                 context("without image tokens", Variant(image_tokens=False)),
                 context("without the shortcut", Variant(shortcut=False)),
@@ -134,6 +139,7 @@ def main() -> None:
             "material",
             [
                 texture("**MoMA**", Variant(strength=0.4), options.subjects),
+                painted([(i, None, what) for i in everyone for what in MATERIALS]),
                 texture("the prompt alone", Variant(plain=True)),
                 texture("without image tokens", Variant(image_tokens=False, strength=0.4)),
                 texture("language model not shown the prompt", Variant(told=False, strength=0.4)),
@@ -201,6 +207,7 @@ def _page(
         "class, colours, pattern, shape. The probe learnt from pictures of its own.",
         "- *Place*, *material*, *class right*: what the probe reads is what was asked for.",
         "- *Shape*: mean error of the two numbers that make a subject's shape, 0..1; 0.33 is a guess.",
+        "- *Painted, not drawn*: the painter's own pictures of these subjects, which is the most that a probe can find.",
         "- *Mask*: overlap (IoU) of the mask that MoMA found with where the probe sees the subject.",
         "",
         f"The files were trained on so many samples: {seen}. Measured in {seconds / 60:.0f} minutes.",

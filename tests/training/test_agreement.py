@@ -32,8 +32,10 @@ NAMES = {
 }
 
 
-def read(distance: float, aimed: bool) -> Read:
-    return Read(found=distance < 1, distance=distance, aimed=aimed, kind=True, shape=0.1, overlap=None)
+def read(distance: float, sure: float) -> Read:
+    return Read(
+        found=distance < 1, distance=distance, aimed=sure > 0.5, sure=sure, kind=True, shape=0.1, overlap=None
+    )
 
 
 def world(follow: bool) -> tuple[Evaluation, dict[Setting, list[Read]]]:
@@ -43,9 +45,9 @@ def world(follow: bool) -> tuple[Evaluation, dict[Setting, list[Read]]]:
     found: dict[Setting, list[Read]] = {}
     for setting in settings(11):
         distance, share = truths.random(), truths.random()
-        found[setting] = [read(distance, i < share * 10) for i in range(10)]
+        found[setting] = [read(distance, (share + i / 10) % 1) for i in range(10)]
         near, told = (
-            (-distance, sum(each.aimed for each in found[setting]) / 10) if follow else (lots.random(), lots.random())
+            (-distance, sum(each.sure for each in found[setting]) / 10) if follow else (lots.random(), lots.random())
         )
         columns = {"strength": f"{setting.strength:g}", "weight": f"{setting.weight:g}"}
         columns |= {"note.task": setting.task, "note.parts": setting.parts}

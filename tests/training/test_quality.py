@@ -12,7 +12,7 @@ pytestmark = pytest.mark.newest
 
 
 def read(found: bool, overlap: float | None = 0.5, shape: float = 0.1) -> Read:
-    return Read(found=found, distance=0.3, aimed=True, kind=not found, shape=shape, overlap=overlap)
+    return Read(found=found, distance=0.3, aimed=True, sure=0.9, kind=not found, shape=shape, overlap=overlap)
 
 
 def test_a_row_holds_shares_and_means() -> None:
