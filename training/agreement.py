@@ -1,7 +1,8 @@
 """Whether the evaluation agrees with what is true in the small world: `python3 training/agreement.py`.
 
 Draws held-out subjects by the product in many settings (strength, weight, parts), has `moma_batch evaluate` measure
-them as it measures any run, and holds its ranking of the settings against what a probe reads. Writes docs/agreement.md.
+them as it measures any run, and holds its ranking of the settings against what a probe reads. Writes its part of
+docs/quality.md.
 """
 
 import argparse
@@ -32,12 +33,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--strengths", type=int, default=11, help="how many strengths from 0 to 1")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=cache_dir() / "agreement", help="the folder for the pictures")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="the folder that agreement.md goes to")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="the folder of quality.md")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Draw, evaluate, and write the page."""
+    """Draw, evaluate, and write the part."""
     options = parse_arguments()
     sys.path.insert(0, str(comfyui_inside(str(Path(__file__).resolve()))))
     from workbench.bootstrap import bootstrap
@@ -47,14 +48,18 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     began = time.monotonic()
-    page = measure(options)
-    page.insert(2, f"Made by `python3 training/agreement.py` in {(time.monotonic() - began) / 60:.0f} minutes.")
-    (options.docs / "agreement.md").write_text("\n".join(page) + "\n", encoding="utf-8")
-    print(f"Wrote {options.docs / 'agreement.md'}")
+    lines = measure(options)
+    lines.insert(2, f"Made by `python3 training/agreement.py` in {(time.monotonic() - began) / 60:.0f} minutes.")
+    from comfyui_moma.training.agreement_page import placed
+
+    page = options.docs / "quality.md"
+    text = page.read_text(encoding="utf-8") if page.is_file() else "# Quality of the small world\n"
+    page.write_text(placed(text, lines), encoding="utf-8")
+    print(f"Wrote {page}")
 
 
 def measure(options: argparse.Namespace) -> list[str]:
-    """Draw and evaluate; the page's lines."""
+    """Draw and evaluate; the part's lines."""
     from comfyui_moma.moma_batch.evaluate.evaluation import Measuring
     from comfyui_moma.moma_batch.evaluate.lines import read_evaluation
     from comfyui_moma.moma_batch.evaluate.samples import Run

@@ -1,4 +1,4 @@
-"""The page that says how well the evaluation agrees with the small world's truth."""
+"""The part of docs/quality.md that says how well the evaluation agrees with the small world's truth."""
 
 import argparse
 import shutil
@@ -15,6 +15,21 @@ from .agreement_settings import PROMPT, RECOMMENDED, TRUTHS, WHOLE, Setting
 from .drawn import Read
 
 CURVES = "images/agreement.png"
+BEGIN, END = "<!-- training/agreement.py: begin -->", "<!-- training/agreement.py: end -->"
+
+
+def part_of(page: str) -> str:
+    """This part of a page's text, with the lines that mark it; empty if there is none."""
+    _, begin, rest = page.partition(BEGIN)
+    inside, end, _ = rest.partition(END)
+    return f"{begin}{inside}{end}\n" if end else ""
+
+
+def placed(page: str, lines: list[str]) -> str:
+    """A page's text with this part in place of the one before, or at its end."""
+    part = "\n".join([BEGIN, "", *lines, "", END, ""])
+    before = part_of(page)
+    return page.replace(before, part) if before else f"{page}\n{part}"
 
 
 def truth(kind: str, read: list[Read]) -> float:
@@ -53,16 +68,13 @@ def correlation(
 
 
 def page_of(evaluation: Evaluation, read: dict[Setting, list[Read]], options: argparse.Namespace) -> list[str]:
-    """The page's lines; its curves are drawn beside it."""
-    page = ["# Agreement of the evaluation with the small world", ""]
+    """The part's lines; its curves are drawn into the docs' folder."""
+    page = ["## Does the evaluation agree?", ""]
     page += [
-        f"{options.subjects} held-out subjects, {options.prompts} prompts, {options.seeds} seeds in each setting.",
-        "",
-    ]
-    page += [
-        "## Ranking of settings",
-        "",
-        "Spearman's rank correlation of what `evaluate` says with what the probe knows.",
+        f"`moma_batch evaluate` on {options.subjects} held-out subjects, {options.prompts} prompts, {options.seeds} seeds "
+        "in settings of strength, weight and parts; Spearman's rank correlation over the settings of what it says with "
+        "what the probe knows. *probe-I* and *probe-T* are the probe as a backbone, so that they test the evaluation's "
+        "crops, pairs and means; *colours-I*, histograms, has no part in the probe.",
         "",
     ]
     page += ["| task | truth | measure | settings | correlation |", "| --- | --- | --- | --- | --- |"]
@@ -71,8 +83,8 @@ def page_of(evaluation: Evaluation, read: dict[Setting, list[Read]], options: ar
             for measure in measures:
                 found, count = correlation(evaluation, read, task, kind, measure)
                 page.append(f"| {task} | {kind} | {evaluation.one(measure)} | {count} | {found:.2f} |")
-    page += ["", "## Strengths", "", *strengths(evaluation, options.docs), "", f"![Likeness against prompt]({CURVES})"]
-    return [*page, "", "## What each part is worth", "", *worth(evaluation, read)]
+    page += ["", "### Strengths", "", *strengths(evaluation, options.docs), "", f"![Likeness against prompt]({CURVES})"]
+    return [*page, "", "### What each part is worth", "", *worth(evaluation, read)]
 
 
 def strengths(evaluation: Evaluation, docs: Path) -> list[str]:

@@ -87,6 +87,7 @@ def main() -> None:
 
     bootstrap()
     import torch
+    from comfyui_moma.training.agreement_page import part_of
     from comfyui_moma.training.drawn import SmallWorld, Variant, measured_subjects
     from comfyui_moma.training.probe import load
     from comfyui_moma.training.vae import save_sheet
@@ -158,9 +159,11 @@ def main() -> None:
         shown.append(torch.stack([world.reference(i), *drawn]))
     save_sheet(options.docs / SHEET, list(torch.stack(shown).transpose(0, 1)))
     trained = json.loads((options.files / "trained.json").read_text("utf-8"))["seen"]
-    page = _page(options, tables | curves, trained, time.monotonic() - began)
-    (options.docs / "quality.md").write_text(page, encoding="utf-8")
-    print(f"Wrote {options.docs / 'quality.md'}")
+    text = _page(options, tables | curves, trained, time.monotonic() - began)
+    page = options.docs / "quality.md"
+    agreement = part_of(page.read_text(encoding="utf-8")) if page.is_file() else ""
+    page.write_text(f"{text}\n{agreement}" if agreement else text, encoding="utf-8")
+    print(f"Wrote {page}")
 
 
 def _draw_curves(path: Path, curves: dict[str, tuple[str, list[Row]]]) -> None:

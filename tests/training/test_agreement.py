@@ -88,6 +88,14 @@ def test_the_page_has_rankings_strengths_and_parts(tmp_path: Path) -> None:
     assert (tmp_path / agreement_page.CURVES).read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_part_takes_its_place_in_the_page_and_leaves_the_rest() -> None:
+    first = agreement_page.placed("# Quality\n\nTables.\n", ["once"])
+    again = agreement_page.placed(first + "\nMore.\n", ["twice"])
+    assert again.startswith("# Quality\n\nTables.\n") and again.endswith("\nMore.\n")
+    assert "twice" in agreement_page.part_of(again) and "once" not in again
+    assert agreement_page.part_of("# Quality\n") == ""
+
+
 @pytest.mark.slow
 def test_the_evaluation_sees_that_moma_brings_the_subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the product with the published small weights: more of the subject than by the prompt alone, by more than the
