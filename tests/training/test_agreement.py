@@ -96,10 +96,15 @@ def test_the_part_takes_its_place_in_the_page_and_leaves_the_rest() -> None:
     assert agreement_page.part_of("# Quality\n") == ""
 
 
+BEFORE = {"probe-I subject": (0.667, 0.047), "colours-I subject": (0.425, 0.0195), "probe-T": (0.822, 0.0095)}
+"""Mean and spread over the seeds of what the published weights draw here, when they were published."""
+
+
 @pytest.mark.slow
-def test_the_evaluation_sees_that_moma_brings_the_subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_evaluation_sees_the_subject_and_nothing_fell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the product with the published small weights: more of the subject than by the prompt alone, by more than the
-    seeds' spread."""
+    seeds' spread; of subject and prompt no less than before, but for that spread. Without image tokens probe-I is 0.52
+    and colours-I 0.36."""
     chosen = [Setting("context", 1.0, 1.0), Setting("context", 1.0, 1.0, "nothing of MoMA")]
     from comfyui_moma.training import agreement_settings
 
@@ -107,14 +112,16 @@ def test_the_evaluation_sees_that_moma_brings_the_subject(tmp_path: Path, monkey
     seen: dict[str, Any] = {}
     monkeypatch.setattr(agreement_page, "page_of", lambda evaluation, *_: seen.update(evaluation=evaluation) or [])
     out = {"out": tmp_path / "out", "files": ROOT / "weights", "docs": tmp_path}
-    agreement.measure(argparse.Namespace(subjects=3, prompts=1, seeds=2, strengths=2, **out))
+    agreement.measure(argparse.Namespace(subjects=4, prompts=1, seeds=3, strengths=2, **out))
     evaluation = seen["evaluation"]
-    assert len(evaluation.lines) == 12 and not evaluation.failures
+    assert len(evaluation.lines) == 24 and not evaluation.failures
     by = agreement_page.by_setting(evaluation)
-    for measure in TRUTHS["likeness"]:
-        with_moma, without = (figure_of(by[setting], evaluation.one(measure)) for setting in chosen)
-        assert with_moma and without and with_moma.spread is not None
-        assert with_moma.mean > without.mean + with_moma.spread
+    for measure, (before, spread) in BEFORE.items():
+        found, without = (figure_of(by[setting], evaluation.one(measure)) for setting in chosen)
+        assert found and without and found.spread is not None
+        assert found.mean > before - spread, (measure, found)
+        if measure in TRUTHS["likeness"]:
+            assert found.mean > without.mean + found.spread
 
 
 @pytest.mark.slow
