@@ -16,6 +16,8 @@ class Plan:
         scaling_rounds: Of the smaller pictures; larger ones get one.
         scaling_batch: Latent of the runs with several pictures per batch.
         scaling_scene: Latent of the runs with other masks, references and subjects.
+        shares: Parts of the new picture, 0..1, that the subject is kept to; each part of MoMA alone at the first.
+        share_runs: Latents and batches of these.
         compile_backend: What compiles; the tests take one that needs no compiler.
         mllm_full: Whether the full-size language model is measured (on a CPU: two of its layers).
     """
@@ -35,6 +37,9 @@ class Plan:
     scaling_references: tuple[int, ...]
     scaling_subjects: tuple[int, ...]
     scaling_rounds: int
+    shares: tuple[float, ...]
+    share_runs: tuple[tuple[Size, int], ...]
+    share_rounds: int
     compile_size: Size
     compile_rounds: int
     compile_backend: str
@@ -61,6 +66,9 @@ FULL = Plan(
     scaling_references=(2, 3, 4),
     scaling_subjects=(2, 3),
     scaling_rounds=2,
+    shares=(0.25, 0.1, 0.5),
+    share_runs=(((64, 64), 1), ((64, 64), 4), ((96, 96), 1)),
+    share_rounds=3,
     compile_size=(64, 64),
     compile_rounds=3,
     compile_backend="inductor",
@@ -84,6 +92,9 @@ QUICK = replace(
     scaling_references=(2,),
     scaling_subjects=(2,),
     scaling_rounds=1,
+    shares=(0.25,),
+    share_runs=(((24, 24), 1),),
+    share_rounds=1,
     compile_size=(24, 24),
     compile_rounds=1,
     mllm_rounds=1,
@@ -101,6 +112,7 @@ TINY = replace(
     scaling_sizes=((8, 8), (8, 16)),
     scaling_batch=(8, 8),
     scaling_scene=(8, 8),
+    share_runs=(((8, 8), 1), ((8, 8), 2)),
     compile_size=(8, 8),
     compile_backend="eager",
     memory_size=(8, 8),
@@ -124,6 +136,7 @@ def plan_for(name: str, cuda: bool) -> Plan:
         run_steps=30,
         run_rounds=5,
         scaling_rounds=plan.scaling_rounds * more,
+        share_rounds=plan.share_rounds * more,
         compile_size=(64, 64),
         compile_rounds=plan.compile_rounds * more,
         memory_size=(64, 64),

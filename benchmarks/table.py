@@ -133,6 +133,11 @@ def _scaling(found: Results) -> Iterator[Row]:
             yield Row("scaling", f"{title}, {name}: memory of a step", value, _times(group["memory"][name]), "")
 
 
+def _share(found: Results) -> Iterator[Row]:
+    for title, group in found.items():
+        yield from _ratio_rows("share", group, "plain", {name: name for name in group["spread"]}, title)
+
+
 def _compile(found: Results) -> Iterator[Row]:
     names = {"both_compiled": "both, compiled", "plain": "plain, not compiled", "both": "both, not compiled"}
     title = f"{_pixels(found['latent'])}, TorchCompileModel"
@@ -201,6 +206,7 @@ NAMES: dict[str, Callable[[Results], Iterator[Row]]] = {
     "step": _step,
     "run": _run,
     "scaling": _scaling,
+    "share": _share,
     "compile": _compile,
     "mllm": _mllm,
     "memory": _memory,

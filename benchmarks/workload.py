@@ -47,12 +47,14 @@ class Scene:
         references: Pictures per subject.
         subjects: Subjects in the picture.
         seed: Other seeds, other subjects.
+        share: Part of the new picture that a region mask keeps the subject's shortcut to, 0..1; None: all of it.
     """
 
     mask: float = 0.25
     references: int = 1
     subjects: int = 1
     seed: int = 0
+    share: float | None = None
 
 
 def load_workload(tiny: bool, dtype: torch.dtype) -> Workload:
@@ -81,10 +83,7 @@ def subjects(workload: Workload, scene: Scene) -> list[Any]:
     """The subjects of a scene, each in the middle of its reference pictures."""
     from comfyui_moma.moma_modules.subject.subject import Subject
 
-    mask = torch.zeros(PICTURE, PICTURE, dtype=torch.bool)
-    half = round(PICTURE * scene.mask**0.5 / 2)
-    middle = slice(PICTURE // 2 - half, PICTURE // 2 + half)
-    mask[middle, middle] = True
+    mask = square(scene.mask) > 0
     found = []
     for number in range(scene.seed, scene.seed + scene.subjects):
         pictures = [
@@ -97,15 +96,25 @@ def subjects(workload: Workload, scene: Scene) -> list[Any]:
     return found
 
 
+def square(part: float) -> torch.Tensor:
+    """1 in a square in the middle that is this part of a picture [PICTURE, PICTURE], else 0."""
+    found = torch.zeros(PICTURE, PICTURE)
+    half = round(PICTURE * part**0.5 / 2)
+    middle = slice(PICTURE // 2 - half, PICTURE // 2 + half)
+    found[middle, middle] = 1
+    return found
+
+
 def shortcut(workload: Workload, scene: Scene) -> Any:
     """A Shortcut over the latents of the scene's reference pictures."""
-    from comfyui_moma.moma_modules.sampling.settings import Shortcut
+    from comfyui_moma.moma_modules.sampling.settings import Shortcut, Window
 
     shape = (scene.references, 4, workload.reference, workload.reference)
     return Shortcut(
         latent=seeded(6, "latent", shape),
         text=seeded(6, "text", (1, TEXT_LENGTH, workload.context_size)),
         noise=seeded(6, "noise", shape),
+        window=Window(start=0.05, region=None if scene.share is None else square(scene.share)[None]),
     )
 
 

@@ -210,7 +210,7 @@ def _page(
         "class, colours, pattern, shape. The probe learnt from pictures of its own.",
         "- *Place*, *material*, *class right*: what the probe reads is what was asked for.",
         "- *Shape*: mean error of the two numbers that make a subject's shape, 0..1; 0.33 is a guess.",
-        "- *Painted, not drawn*: the painter's own pictures of these subjects, which is the most that a probe can find.",
+        "- *Painted, not drawn*: the painter's own pictures of these subjects: the most that the probe can find.",
         "- *Mask*: overlap (IoU) of the mask that MoMA found with where the probe sees the subject.",
         "",
         f"The files were trained on so many samples: {seen}. Measured in {seconds / 60:.0f} minutes.",

@@ -17,7 +17,7 @@ from parts import PARTS, SHARED
 from plan import PLANS, plan_for
 from released_moma import MissingCodeError, released_steps
 from session import Session
-from workload import Scene
+from workload import Scene, shortcut
 
 pytestmark = pytest.mark.newest
 
@@ -61,6 +61,20 @@ def test_scaling_has_time_and_memory_of_every_group(results: dict[str, Any]) -> 
     for group in results["scaling"].values():
         assert is_positive(group["plain_s"]) and is_positive(group["both"]) and is_positive(group["memory"]["plain_mb"])
     assert {"mask 100 %", "2 references", "2 subjects"} <= set(results["scaling"]["64x64, scenes"])
+
+
+def test_a_step_is_measured_by_the_subjects_share_of_the_picture(results: dict[str, Any]) -> None:
+    assert set(results["share"]) == {"64x64, batch 1", "64x64, batch 2"}
+    for group in results["share"].values():
+        assert all(is_positive(group[name]) for name in ("plain_s", "apply", "shortcut, 25%", "both, 25%"))
+    assert any("share" in row.part and "both, 25%" in row.what for row in table.rows(results))
+
+
+def test_a_share_keeps_the_shortcut_to_as_much_of_the_picture(session: Session) -> None:
+    for share in (0.1, 0.25):
+        region = shortcut(session.workload, Scene(share=share)).window.region
+        assert region is not None and float(region.mean()) == pytest.approx(share, rel=0.02)
+    assert shortcut(session.workload, Scene()).window.region is None
 
 
 @pytest.mark.slow
@@ -181,7 +195,7 @@ def test_an_unknown_part_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     with pytest.raises(SystemExit):
         benchmark.parse_arguments()
     assert (
-        "there is no part speed; the parts are step, run, scaling, compile, mllm, memory, leak"
+        "there is no part speed; the parts are step, run, scaling, share, compile, mllm, memory, leak"
         in capsys.readouterr().err
     )
 
