@@ -72,9 +72,9 @@ def page_of(evaluation: Evaluation, read: dict[Setting, list[Read]], options: ar
     page = ["## Does the evaluation agree?", ""]
     page += [
         f"`moma_batch evaluate` on {options.subjects} held-out subjects, {options.prompts} prompts, {options.seeds} "
-        "seeds in settings of strength, weight and parts; Spearman's rank correlation over the settings of what it says "
-        "with what the probe knows. *probe-I* and *probe-T* are the probe as a backbone, so that they test the evaluation's "
-        "crops, pairs and means; *colours-I*, histograms, has no part in the probe.",
+        "seeds in settings of strength, weight and parts; Spearman's rank correlation over the settings of what it "
+        "says with what the probe knows. *probe-I* and *probe-T* are the probe as a backbone, so that they test the "
+        "evaluation's crops, pairs and means; *colours-I*, histograms, has no part in the probe.",
         "",
     ]
     page += ["| task | truth | measure | settings | correlation |", "| --- | --- | --- | --- | --- |"]
