@@ -6,6 +6,8 @@ instructions from every dtype of a file but fp8, between two 16-bit ones without
 of fp16 to bf16.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -33,8 +35,23 @@ def product_in_blocks(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Ten
     """
     given = x.reshape(-1, x.shape[-1])
     product = given.new_empty(given.shape[0], weight.shape[0])
+    for here, rows in _cast_rows(weight, scale, x.dtype):
+        product[:, here] = linear(given, rows, None if bias is None else bias[here])
+    return product.view(*x.shape[:-1], weight.shape[0])
+
+
+def cast_in_blocks(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`weight * scale[:, None]` in `dtype`, as `product_in_blocks` casts it, in memory of its own."""
+    cast = torch.empty(weight.shape, dtype=dtype)
+    for here, rows in _cast_rows(weight, scale, dtype):
+        cast[here] = rows
+    return cast
+
+
+def _cast_rows(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Where each block of rows is, and the rows, which stay what they are until the next block."""
     wide = torch.empty(min(ROWS, weight.shape[0]), weight.shape[1])
-    narrow = wide if x.dtype == torch.float32 else torch.empty_like(wide, dtype=x.dtype)
+    narrow = wide if dtype == torch.float32 else torch.empty_like(wide, dtype=dtype)
     bits = torch.empty_like(wide, dtype=torch.int16) if weight.dtype == torch.float8_e4m3fn else None
     for start in range(0, weight.shape[0], ROWS):
         here = slice(start, start + ROWS)
@@ -45,9 +62,7 @@ def product_in_blocks(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Ten
             widen_fp8(weight[here], rows, bits[: rows.shape[0]])
         if scale is not None:
             rows.mul_(scale[here, None])
-        dense = rows if narrow is wide else narrow[: rows.shape[0]].copy_(rows)
-        product[:, here] = linear(given, dense, None if bias is None else bias[here])
-    return product.view(*x.shape[:-1], weight.shape[0])
+        yield here, rows if narrow is wide else narrow[: rows.shape[0]].copy_(rows)
 
 
 def widen_fp8(packed: Tensor, out: Tensor, bits: Tensor) -> None:
