@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import comfy.model_management
+import comfy.utils
 import torch
 from torch import Tensor
 
@@ -27,7 +28,8 @@ _CPU_GAIN = 1.25
 """How much faster than fp32 bf16 must be on a CPU to be worth its rounding."""
 
 _CAST_ROOM = 1.5
-"""Times the weights' size that must be free in RAM to cast them once: the half is for all else that runs."""
+"""Times the weights' size that must be free in RAM to cast them once: the half is for all else that runs. Once more
+where ComfyUI reads files into RAM."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,12 @@ def make_plan(precision: str, weights: Mapping[str, Tensor], machine: Machine) -
     cast_once = False
     if device.type == "cpu" and dtype == torch.bfloat16 and precision not in PACKED and kept != _name(dtype):
         cast_size = packed_size(weights, None, dtype, cast_once=True)
-        cast_once = machine.holds_cast or machine.ram >= _CAST_ROOM * cast_size
+        room = (_CAST_ROOM + comfy.utils.DISABLE_MMAP) * cast_size
+        cast_once = machine.holds_cast or machine.ram >= room
         if cast_once:
             size, kept = cast_size, f"{_name(dtype)}, cast once from {kept}"
         else:
-            kept += f", cast at each look ({_gb(_CAST_ROOM * cast_size)} of free RAM would do it once)"
+            kept += f", cast at each look ({_gb(room)} of free RAM would do it once)"
     computing = f"computing in {_name(dtype)}{_products(storage, device)}"
     summary = f"{precision}: weights in {kept}, {computing} on {device}{why}; {_gb(size)}"
     if device.type != "cpu":

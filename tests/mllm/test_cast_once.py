@@ -3,9 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
+import comfy.utils
 import pytest
 import torch
 from comfyui_moma.moma_modules.mllm import leaves
+from comfyui_moma.moma_modules.mllm.blocks import cast_in_blocks
 from comfyui_moma.moma_modules.mllm.convert import convert_mllm
 from comfyui_moma.moma_modules.mllm.encode import forward
 from comfyui_moma.moma_modules.mllm.loading import Mllm, load_mllm
@@ -42,6 +44,8 @@ def test_no_look_casts_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     at_each, once = load_mllm(path, machine=TIGHT), load_mllm(path, machine=ROOMY)
     in_file = {"keep": "fp16", "bf16": "bf16", "fp8": "fp8", "int8": "8-bit"}[path.stem]
     assert once.plan.cast_once == (in_file != "bf16") and not at_each.plan.cast_once
+    table = {mllm.loaded.module.language.embed_tokens.weight.dtype for mllm in (at_each, once)}
+    assert len(table) == 1  # of which a look takes some rows only
     expected = look(at_each)
     matrices = [part for part in once.loaded.module.modules() if isinstance(part, torch.nn.Linear)]
     assert {part.weight.dtype for part in matrices} == {BF16}
@@ -69,6 +73,28 @@ def test_they_are_as_large_as_planned(path: Path) -> None:
     assert found == packed_size(weights, None, BF16, cast_once=once.plan.cast_once)
 
 
+def test_tables_stay_as_they_are() -> None:
+    weights = {
+        "language.embed_tokens.weight": torch.zeros(4, 8),
+        "language.layers.0.mlp.up_proj.weight": torch.zeros(4, 8),
+    }
+    assert packed_size(weights, None, BF16, cast_once=True) == 4 * 8 * (4 + 2)
+
+
+@pytest.mark.parametrize("scale", [None, torch.tensor([0.5, 3.0, 1e-3])])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_every_pattern_of_fp8_is_its_value(scale: torch.Tensor | None, dtype: torch.dtype) -> None:
+    """NaN too, in one row only."""
+    patterns = torch.arange(256, dtype=torch.uint8)
+    numbers = patterns[(patterns & 0x7F) != 0x7F]
+    rows = torch.stack([numbers, numbers.flip(0), numbers.roll(7)])
+    for packed in (rows, torch.where(torch.arange(3)[:, None] == 1, torch.tensor(0xFF, dtype=torch.uint8), rows)):
+        weight = packed.view(torch.float8_e4m3fn)
+        expected = weight.float() if scale is None else weight.float() * scale[:, None]
+        cast = cast_in_blocks(weight, scale, dtype)
+        assert torch.equal(cast.nan_to_num(1e9), expected.to(dtype).nan_to_num(1e9))
+
+
 @pytest.mark.parametrize("precision", ["auto", "bf16"])
 def test_the_ram_decides_and_the_plan_says_so(precision: str) -> None:
     weights = published()
@@ -80,6 +106,13 @@ def test_the_ram_decides_and_the_plan_says_so(precision: str) -> None:
         at_each.summary
     )
     assert make_plan(precision, weights, replace(less, holds_cast=True)) == once
+
+
+def test_files_that_are_read_into_ram_need_room_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comfy.utils, "DISABLE_MMAP", True)
+    plans = [make_plan("auto", published(), replace(ROOMY, ram=gb * 10**9)) for gb in (34, 35)]
+    assert [plan.cast_once for plan in plans] == [False, True]
+    assert "34.6 GB of free RAM would do it once" in plans[0].summary
 
 
 @pytest.mark.parametrize("precision", ["fp8", "8-bit", "4-bit", "fp16", "fp32"])
