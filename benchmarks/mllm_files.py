@@ -18,6 +18,8 @@ from memory import MemoryMeter
 from workload import PICTURE, WORD
 
 if TYPE_CHECKING:
+    from comfyui_moma.moma_modules.mllm.loading import Mllm
+
     from workbench.random_weights import LlavaSize
 
 BASELINE = "bf16"
@@ -77,7 +79,7 @@ def _look(file: Path, precision: str) -> dict[str, float]:
 
     picture = np.random.default_rng(0).integers(0, 256, (PICTURE, PICTURE, 3), dtype=np.uint8)
     mask = np.ones((PICTURE, PICTURE), dtype=bool)
-    models = []
+    models: list[Mllm] = []
 
     def look(prompt: str) -> None:
         models[:] = models or [load_mllm(file, precision)]
