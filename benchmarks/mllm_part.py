@@ -1,7 +1,7 @@
 """mllm: loading the language model, a first look at a picture, its next prompt and ten prompts at once, per precision.
 
 On a CPU the full-size model is measured with one and with five of its language layers, and extrapolated to all; in fp32
-and bf16, which `auto` chooses between there.
+and bf16, which `auto` chooses between there. And the forms of its files, see `mllm_files.py`.
 """
 
 import re
@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import mllm_files
 import numpy as np
 import torch
 from arithmetic import flops_per_second, matrix_flops
@@ -43,22 +44,26 @@ PROMPTS = (
 """Ten for one picture; the second is the next one after the first."""
 
 FEW, MORE = 1, 5
+FILES = "files"
 _CASE = re.compile(r"(?P<precision>.+) (?P<size>small|full|\d+ layers)")
 
 
 def processes(precisions: list[str], full: bool, cuda: bool) -> list[list[str]]:
-    """Cases `PRECISION SIZE`, by the process they run in: the small model's in one, every other in its own."""
-    small = [f"{precision} small" for precision in precisions]
+    """Cases `PRECISION SIZE` and `files SIZE`, by the process they run in: the small model's in one, every other in its
+    own.
+    """
+    small = [*(f"{precision} small" for precision in precisions), *([] if full else [f"{FILES} small"])]
     sizes = (["full"] if cuda else [f"{FEW} layers", f"{MORE} layers"]) if full else []
     sized = precisions if cuda else [name for name in precisions if name in ON_A_CPU]
-    return [small, *([f"{precision} {size}"] for size in sizes for precision in sized)]
+    files = [[f"{FILES} {mllm_files.LAYERS} layers"]] if full else []
+    return [small, *([f"{precision} {size}"] for size in sizes for precision in sized), *files]
 
 
 def measure(session: Session, case: str) -> dict[str, Any]:
     """`load_s`, `peak_mb`, `forward_s` (a first look), `next_s`, `ten_s`, `cast_s` (`_cast_all`); `flops` of a first
     look's products, `flops_per_s` of such a product alone, and `computed_in`, the dtype that the last matrix was given.
 
-    Or `refused`, the message, where a precision needs what is not there.
+    Or `refused`, the message, where a precision needs what is not there. Of `files`, see `mllm_files.measure`.
     """
     from workbench.random_weights import FULL_LLAVA, SMALL_LLAVA, llava_folder
 
@@ -67,6 +72,8 @@ def measure(session: Session, case: str) -> dict[str, Any]:
     size = found["size"]
     sizes = {"small": SMALL_LLAVA, "full": FULL_LLAVA}
     llava = sizes.get(size) or FULL_LLAVA.with_layers(int(size.split()[0]))
+    if found["precision"] == FILES:
+        return mllm_files.measure(llava)
     with tempfile.TemporaryDirectory() as folder:
         path = llava_folder(Path(folder), llava)
         try:
@@ -76,15 +83,19 @@ def measure(session: Session, case: str) -> dict[str, Any]:
 
 
 def result(measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Per size and figure the baseline precision's value, and the other precisions as ratios to it."""
+    """Per size and figure the baseline precision's value, and the others as ratios to it; `files` as measured."""
     sizes: dict[str, dict[str, dict[str, Any]]] = {}
+    files: dict[str, Any] = {}
     for case, found in measured.items():
         match = _CASE.fullmatch(case)
         assert match is not None
+        if match["precision"] == FILES:
+            files = {FILES: found}
+            continue
         sizes.setdefault(match["size"], {})[match["precision"]] = found
     if f"{MORE} layers" in sizes:
         sizes["extrapolated full"] = _extrapolated(sizes.pop(f"{FEW} layers"), sizes.pop(f"{MORE} layers"))
-    return {size: _against_baseline(found) for size, found in sizes.items()}
+    return {**{size: _against_baseline(found) for size, found in sizes.items()}, **files}
 
 
 def _times(folder: Path, size: "LlavaSize", precision: str, rounds: int) -> dict[str, Any]:

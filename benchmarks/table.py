@@ -155,7 +155,10 @@ def _mllm(found: Results) -> Iterator[Row]:
         "ten_prompts": ("ten prompts at once", "a first look"),
         "next_over_casting": ("the picture's next prompt", "casting all weights once"),
     }
+    yield from _mllm_files(found.get("files", {}))
     for size, figures in found.items():
+        if size == "files":
+            continue
         if size != "small":  # whose products are too short to be what a look takes
             for precision, seconds in figures["arithmetic_s"].items():
                 value = f"its matrix products alone: {_seconds(seconds)}"
@@ -170,6 +173,22 @@ def _mllm(found: Results) -> Iterator[Row]:
             shown = f"fp32: {_mib(base) if figure == 'peak_mb' else _seconds(base)}"
             for precision, ratio in values.items():
                 yield Row("mllm", f"{size} model, {precision}: {labels[figure]}", shown, _times(ratio), "")
+
+
+def _mllm_files(found: Results) -> Iterator[Row]:
+    labels = {"warm_s": "to the first hidden state, in memory", "next_s": "the next prompt", "peak_mb": "peak memory"}
+    for form, figures in found.items():
+        if form == "layers":
+            continue
+        title = f"{found['layers']} layers, {form} file"
+        if "cold_s" in figures:
+            warm = f"in memory: {_seconds(figures['warm_s'])}"
+            ratio = _times(figures["cold_s"] / figures["warm_s"])
+            yield Row("mllm", f"{title}: to the first hidden state, from the disk", warm, ratio, "")
+        for figure, label in labels.items() if form != "bf16" else ():
+            base = found["bf16"][figure]
+            shown = f"bf16 file: {_mib(base) if figure == 'peak_mb' else _seconds(base)}"
+            yield Row("mllm", f"{title}: {label}", shown, _times(figures[figure] / base), "")
 
 
 def _memory(found: Results) -> Iterator[Row]:

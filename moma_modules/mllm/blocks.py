@@ -6,6 +6,8 @@ instructions from every dtype of a file but fp8, between two 16-bit ones without
 of fp16 to bf16.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -16,8 +18,11 @@ ROWS = 256
 _FP8_TO_HALF = 2.0**8
 """What a float8_e4m3fn is worth as the float16 of the same exponent and mantissa bits: their biases are 7 and 15."""
 
+_FP8_NAN = 0x7F
+"""The exponent and mantissa bits of a float8_e4m3fn that is no number: all there are."""
+
 _ALL_BUT_SECOND_BIT = -0x4001
-"""As a 16-bit integer: the copy of the sign that shifting a sign-extended byte leaves in the exponent."""
+"""As a 16-bit integer: all but the copy of the sign that shifting a sign-extended byte leaves in the exponent."""
 
 
 def product_in_blocks(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -33,33 +38,49 @@ def product_in_blocks(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Ten
     """
     given = x.reshape(-1, x.shape[-1])
     product = given.new_empty(given.shape[0], weight.shape[0])
+    for here, rows in _cast_rows(weight, scale, x.dtype):
+        product[:, here] = linear(given, rows, None if bias is None else bias[here])
+    return product.view(*x.shape[:-1], weight.shape[0])
+
+
+def cast_in_blocks(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`weight * scale[:, None]` in `dtype`, as `product_in_blocks` casts it, in memory of its own."""
+    cast = torch.empty(weight.shape, dtype=dtype)
+    for here, rows in _cast_rows(weight, scale, dtype):
+        cast[here] = rows
+    return cast
+
+
+def _cast_rows(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Where each block of rows is, and the rows, which stay what they are until the next block."""
     wide = torch.empty(min(ROWS, weight.shape[0]), weight.shape[1])
-    narrow = wide if x.dtype == torch.float32 else torch.empty_like(wide, dtype=x.dtype)
+    narrow = wide if dtype == torch.float32 else torch.empty_like(wide, dtype=dtype)
     bits = torch.empty_like(wide, dtype=torch.int16) if weight.dtype == torch.float8_e4m3fn else None
     for start in range(0, weight.shape[0], ROWS):
         here = slice(start, start + ROWS)
         rows = wide[: weight[here].shape[0]]
-        if bits is None:
-            rows.copy_(weight[here])
+        factor = None if scale is None else scale[here, None]
+        if bits is not None:
+            _widen_fp8(weight[here], factor, rows, bits[: rows.shape[0]])
         else:
-            widen_fp8(weight[here], rows, bits[: rows.shape[0]])
-        if scale is not None:
-            rows.mul_(scale[here, None])
-        dense = rows if narrow is wide else narrow[: rows.shape[0]].copy_(rows)
-        product[:, here] = linear(given, dense, None if bias is None else bias[here])
-    return product.view(*x.shape[:-1], weight.shape[0])
+            rows.copy_(weight[here])
+            if factor is not None:
+                rows.mul_(factor)
+        yield here, rows if narrow is wide else narrow[: rows.shape[0]].copy_(rows)
 
 
-def widen_fp8(packed: Tensor, out: Tensor, bits: Tensor) -> None:
-    """The same values in float32; PyTorch casts fp8 one value at a time.
+def _widen_fp8(packed: Tensor, factor: Tensor | None, out: Tensor, bits: Tensor) -> None:
+    """The values, times the factor, in float32; PyTorch casts fp8 one value at a time.
 
     Args:
         packed: float8_e4m3fn.
+        factor: [rows, 1] float32.
         out: Of the same shape, float32.
         bits: Of the same shape, int16, to work in: memory that is new is slow.
     """
-    halves = bits.copy_(packed.view(torch.int8)).bitwise_left_shift_(7).bitwise_and_(_ALL_BUT_SECOND_BIT)
-    out.copy_(halves.view(torch.float16)).mul_(_FP8_TO_HALF)
-    low, high = torch.aminmax(out)
-    if max(-low, high) > torch.finfo(torch.float8_e4m3fn).max:  # the one pattern above the largest number is NaN
-        out.copy_(packed)
+    signed = packed.view(torch.int8)
+    if int(signed.bitwise_and(_FP8_NAN).amax()) == _FP8_NAN:
+        out.copy_(packed).mul_(1.0 if factor is None else factor)
+        return
+    halves = bits.copy_(signed).bitwise_left_shift_(7).bitwise_and_(_ALL_BUT_SECOND_BIT)
+    out.copy_(halves.view(torch.float16)).mul_(_FP8_TO_HALF if factor is None else factor * _FP8_TO_HALF)

@@ -17,6 +17,7 @@ from ..host.disk import content_hash
 from .beginnings import Beginning
 from .loading import LoadedMllm, Mllm
 from .packed import Packed, common_length
+from .read_ahead import reading_ahead
 
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
@@ -118,7 +119,11 @@ def looks(loaded: LoadedMllm, picture: str, pixels: Tensor, instructions: Sequen
     progress = comfy.utils.ProgressBar(len(layers) + (len(packs) - 1) * len(module.language.layers))
     while packs:
         pack = packs.popleft()
-        with _after_each(module.layers(), lambda: _step(progress)):
+        ahead = module.layers() if kept is None else list(module.language.layers)
+        with (
+            _after_each(module.layers(), lambda: _step(progress)),
+            reading_ahead(ahead if loaded.is_in_files else []),
+        ):
             on_device, made = _look(loaded, pixels, pack, kept)
         hidden = on_device.to("cpu", torch.float32)
         sound = _is_sound(hidden)

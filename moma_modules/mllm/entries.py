@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, Protocol, TypeVar
-from weakref import WeakKeyDictionary
 
 import numpy as np
 from comfy_execution.utils import get_executing_context
@@ -65,12 +64,10 @@ class Entries(Generic[Entry]):
     """Those of the list that the executing node goes through with one model.
 
     Attributes:
-        node: The prompt and the node; None outside of any.
         noted: By their number those that have not run yet, or why they cannot be used.
         count: How many there were to begin with.
     """
 
-    node: tuple[str, str] | None = None
     noted: dict[int, Entry | str] = field(default_factory=dict)
     count: int = 0
     _answers: dict[tuple[str, tuple[str, str]], Tensor] = field(default_factory=dict, repr=False)
@@ -126,27 +123,26 @@ class Entries(Generic[Entry]):
                 self._answers[picture, text] = hidden
 
 
-_ENTRIES: WeakKeyDictionary[Mllm, Entries[Any]] = WeakKeyDictionary()
-"""Of each model, for the node that runs now; gone with the last entry, or where one fails."""
-
-
 def note_entry(mllm: Mllm, make: Callable[[], Asking]) -> None:
-    """Note an entry of the executing node's list before the first one runs."""
+    """Note an entry of the executing node's list before the first one runs.
+
+    They lie on the model, and are gone with the last entry, or where one fails.
+    """
     node, number = _place()
-    if node is not None:
-        entries = _ENTRIES.get(mllm)
-        if entries is None or entries.node != node:
-            entries = _ENTRIES[mllm] = Entries(node)
-        entries.note(number, make)
+    if node is None:
+        return
+    if node not in mllm.asked:
+        mllm.asked.clear()  # of a run that was stopped
+        mllm.asked[node] = Entries()
+    mllm.asked[node].note(number, make)
 
 
 @contextmanager
 def executing_entry(mllm: Mllm) -> Iterator[tuple[Entries[Any], int]]:
     """For as long as one entry runs: the entries, and its number from 0. An error about it names it."""
     node, number = _place()
-    entries = _ENTRIES.get(mllm)
-    if entries is None or entries.node != node:
-        entries = Entries(node)
+    entries = mllm.asked.get(node) if node is not None else None
+    entries = Entries() if entries is None else entries
     left = False
     try:
         yield entries, number
@@ -158,7 +154,7 @@ def executing_entry(mllm: Mllm) -> Iterator[tuple[Entries[Any], int]]:
         raise ValueError(entries.named(number) + str(error)) from error
     finally:
         if not left:
-            _ENTRIES.pop(mllm, None)
+            mllm.asked.clear()
 
 
 def _place() -> tuple[tuple[str, str] | None, int]:

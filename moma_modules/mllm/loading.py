@@ -5,9 +5,10 @@ Weights stay in the memory-mapped pages of the files, where possible, or are pac
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from weakref import WeakValueDictionary
 
 import comfy.model_management
@@ -24,11 +25,13 @@ from ..host.folders import MODELS, model_folder, model_roots, searched
 from ..host.messages import FileProgress
 from ..host.weight_files import readable
 from .beginnings import Beginnings
+from .blocks import cast_in_blocks
 from .checkpoint import Checkpoint, read_checkpoint, read_named_weights
 from .checkpoint_files import absent_files, checkpoint_identity, find_checkpoints, incomplete
 from .leaves import CastLinear, PackingLinear, RowScaledLinear
 from .module import MllmModule, fill_constants
-from .precision import PACKED, Machine, Plan, is_kept, is_language_matrix, make_plan
+from .precision import PACKED, Machine, Plan, is_kept, is_language_matrix, is_table, make_plan
+from .read_ahead import ReadAhead
 from .seam import use_comfy_leaves
 from .weights import SCALE_SUFFIX
 
@@ -90,6 +93,11 @@ class LoadedMllm:
         """The module. Compute with it only while the patcher is loaded."""
         return self.patcher.model
 
+    @property
+    def is_in_files(self) -> bool:
+        """Whether the matrices in RAM are pages of the files, which may have to come from the disk."""
+        return not (self.plan.storage or self.plan.cast_once or comfy.utils.DISABLE_MMAP)
+
 
 _LOADED: WeakValueDictionary[tuple[str, Plan], LoadedMllm] = WeakValueDictionary()
 """What is loaded now, by identity and plan; keeps nothing alive."""
@@ -108,6 +116,7 @@ class Mllm:
         hidden_size: Size of a hidden state (4096 in the released checkpoint).
         image_size: Side of the vision tower's input (336).
         vision_heads: See `read_checkpoint`.
+        asked: What the node that runs now asks of it, by prompt and node, see `entries`.
     """
 
     path: Path
@@ -119,6 +128,7 @@ class Mllm:
     image_size: int
     tokenizer: SentencePieceProcessor
     vision_heads: int | None
+    asked: dict[tuple[str, str], Any] = field(default_factory=dict, repr=False)
 
     @cached_property
     def loaded(self) -> LoadedMllm:
@@ -152,12 +162,16 @@ def load_mllm(
         ValueError: See `read_checkpoint` and `make_plan`.
     """
     checkpoint = read_checkpoint(path, vision_heads)
+    identity = checkpoint_identity(path)
+    machine = machine or Machine.measure(mllm_device())
+    if any(known == identity and plan.cast_once for known, plan in list(_LOADED)):
+        machine = replace(machine, holds_cast=True)
     return Mllm(
         path=path,
         name=checkpoint.name,
-        identity=checkpoint_identity(path),
+        identity=identity,
         precision=precision,
-        plan=make_plan(precision, dict(_prefixed(checkpoint)), machine or Machine.measure(mllm_device())),
+        plan=make_plan(precision, dict(_prefixed(checkpoint)), machine),
         hidden_size=checkpoint.language_shape.hidden_size,
         image_size=checkpoint.vision_shape.image_size,
         tokenizer=checkpoint.tokenizer,
@@ -182,7 +196,7 @@ def read_as_comfyui(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def load_checkpoint(checkpoint: Checkpoint, plan: Plan, device: torch.device) -> LoadedMllm:
-    """Put weights into ComfyUI's memory management, packed as planned.
+    """Put weights into ComfyUI's memory management, packed or cast as planned: each while the next are read.
 
     Shows progress and can be cancelled at each weight; then nothing is left.
 
@@ -199,12 +213,14 @@ def load_checkpoint(checkpoint: Checkpoint, plan: Plan, device: torch.device) ->
         raise RuntimeError(
             f"This version of transformers builds LLaMA or CLIP in a way that the pack does not know: {min(differing)}."
         )
-    use_comfy_leaves(module, plan.compute_dtype, lambda key: _linear(key, weights, plan.storage))
+    use_comfy_leaves(module, plan.compute_dtype, lambda key: _linear(key, weights, plan))
     progress = comfy.utils.ProgressBar(len(weights))
-    for key in list(weights):
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        _fill(module, key, weights, plan.compute_dtype)
-        progress.update(1)
+    with ReadAhead([[tensor] for tensor in weights.values()] if plan.storage or plan.cast_once else []) as ahead:
+        for number, key in enumerate(weights):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            ahead.reached(number)
+            _fill(module, key, weights, plan)
+            progress.update(1)
     fill_constants(module, checkpoint.language_shape)
     patcher = comfy.model_patcher.CoreModelPatcher(
         module, load_device=device, offload_device=comfy.model_management.text_encoder_offload_device()
@@ -212,18 +228,14 @@ def load_checkpoint(checkpoint: Checkpoint, plan: Plan, device: torch.device) ->
     return LoadedMllm(patcher, plan, Beginnings(patcher))
 
 
-def _linear(key: str, weights: dict[str, Tensor], storage: str | None) -> type[CastLinear]:
-    """What the Linear with this weight becomes.
-
-    Args:
-        storage: What the matrices of the language model become, see `Plan`; those with scales are packed in the file.
-    """
-    if key + SCALE_SUFFIX in weights:
+def _linear(key: str, weights: dict[str, Tensor], plan: Plan) -> type[CastLinear]:
+    """What the Linear with this weight becomes; weights with scales are packed in the file."""
+    if key + SCALE_SUFFIX in weights and not plan.cast_once:
         return RowScaledLinear
-    return PACKED[storage] if storage is not None and is_language_matrix(key) else CastLinear
+    return PACKED[plan.storage] if plan.storage is not None and is_language_matrix(key) else CastLinear
 
 
-def _fill(module: MllmModule, key: str, weights: dict[str, Tensor], compute_dtype: torch.dtype) -> None:
+def _fill(module: MllmModule, key: str, weights: dict[str, Tensor], plan: Plan) -> None:
     """Give one weight to its leaf. Assigned, not copied: a matrix in the file's dtype needs no memory."""
     owner_name, _, name = key.rpartition(".")
     owner, tensor = module.get_submodule(owner_name), weights[key]
@@ -232,9 +244,18 @@ def _fill(module: MllmModule, key: str, weights: dict[str, Tensor], compute_dtyp
         packed, scale = owner.pack(tensor)
         parts = {"weight": packed, "weight" + SCALE_SUFFIX: scale}
     elif not is_kept(key, weights):
-        parts = {name: tensor.to(compute_dtype)}
+        parts = {name: tensor.to(plan.compute_dtype)}
+    elif plan.cast_once and not is_table(key):
+        parts = _cast(name, tensor, weights.get(key + SCALE_SUFFIX), plan.compute_dtype)
     for part, value in parts.items():
         setattr(owner, part, nn.Parameter(value, requires_grad=False))
+
+
+def _cast(name: str, tensor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    """A Linear's weight or bias in the dtype computed in; a packed weight's scales are in it then."""
+    if name.endswith(SCALE_SUFFIX):
+        return {}
+    return {name: cast_in_blocks(tensor, scale, dtype) if tensor.ndim == 2 else tensor.to(dtype)}
 
 
 def _prefixed(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:

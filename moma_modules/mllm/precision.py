@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import comfy.model_management
+import comfy.utils
 import torch
 from torch import Tensor
 
@@ -26,6 +27,10 @@ _CPU_TOKENS, _CPU_SIZE = 64, 2048
 _CPU_GAIN = 1.25
 """How much faster than fp32 bf16 must be on a CPU to be worth its rounding."""
 
+_CAST_ROOM = 1.5
+"""Times the weights' size that must be free in RAM to cast them once: the half is for all else that runs. Once more
+where ComfyUI reads files into RAM."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -36,11 +41,14 @@ class Plan:
         compute_dtype: What the forward pass computes in: the dtype of every layer's input. Inside, LLaMA's norms and
             rotary angles are float32 by definition, and what is 8-bit, see `leaves.Int8Linear`.
         summary: One line for the user: what was chosen, and why.
+        cast_once: Matrices are cast to the dtype computed in while they are read, not at each use: in RAM they are the
+            process's own then, no pages of the file.
     """
 
     storage: str | None
     compute_dtype: torch.dtype
     summary: str = field(compare=False)
+    cast_once: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,7 @@ class Machine:
         fast_dtype: What the device is fastest in, as far as ComfyUI knows.
         bf16_gain: For a CPU, how many times as fast as fp32 bf16 is; decides there.
         holds_fp8: Whether the device can hold fp8.
+        holds_cast: Whether these weights, cast once, are in RAM already and need no room there.
     """
 
     device: torch.device
@@ -62,6 +71,7 @@ class Machine:
     fast_dtype: torch.dtype = torch.float32
     bf16_gain: float | None = None
     holds_fp8: bool = True
+    holds_cast: bool = False
 
     @classmethod
     def measure(cls, device: torch.device) -> "Machine":
@@ -88,7 +98,8 @@ def make_plan(precision: str, weights: Mapping[str, Tensor], machine: Machine) -
     """How to run these weights on this machine.
 
     `auto` takes the weights as they are in the file, in the dtype that the device is fastest at. Only where they fit
-    neither on the device nor, to be streamed from there, in RAM, it takes fp8.
+    neither on the device nor, to be streamed from there, in RAM, it takes fp8. On a CPU that is fast at bf16, weights
+    of another dtype are cast to it once where RAM has room for that, unless a packed precision is chosen.
 
     Args:
         precision: One of `PRECISIONS`.
@@ -115,12 +126,21 @@ def make_plan(precision: str, weights: Mapping[str, Tensor], machine: Machine) -
         why = f" because the file's {_gb(size)} fit neither there nor in {_gb(machine.ram)} of free RAM"
         storage, size = "fp8", packed_size(weights, "fp8", dtype)
     kept = storage or in_file or _name(next(t.dtype for key, t in weights.items() if is_language_matrix(key)))
+    cast_once = False
+    if device.type == "cpu" and dtype == torch.bfloat16 and precision not in PACKED and kept != _name(dtype):
+        cast_size = packed_size(weights, None, dtype, cast_once=True)
+        room = (_CAST_ROOM + comfy.utils.DISABLE_MMAP) * cast_size
+        cast_once = machine.holds_cast or machine.ram >= room
+        if cast_once:
+            size, kept = cast_size, f"{_name(dtype)}, cast once from {kept}"
+        else:
+            kept += f", cast at each look ({_gb(room)} of free RAM would do it once)"
     computing = f"computing in {_name(dtype)}{_products(storage, device)}"
     summary = f"{precision}: weights in {kept}, {computing} on {device}{why}; {_gb(size)}"
     if device.type != "cpu":
         fits = size <= machine.free
         summary += f", {'all' if fits else _gb(machine.free)} on the card" + ("" if fits else ", the rest streamed")
-    return Plan(storage, dtype, summary)
+    return Plan(storage, dtype, summary, cast_once)
 
 
 def _products(storage: str | None, device: torch.device) -> str:
@@ -151,16 +171,24 @@ def is_kept(key: str, weights: Mapping[str, Tensor]) -> bool:
     return matrix is not None and matrix.ndim == 2
 
 
-def packed_size(weights: Mapping[str, Tensor], storage: str | None, dtype: torch.dtype) -> int:
+def is_table(key: str) -> bool:
+    """Whether a weight, by its name in `MllmModule`, is a table of which each look takes some rows."""
+    return key.endswith(("embed_tokens.weight", "position_embedding.weight"))
+
+
+def packed_size(weights: Mapping[str, Tensor], storage: str | None, dtype: torch.dtype, cast_once: bool = False) -> int:
     """Bytes of these weights once they are loaded.
 
     Args:
         storage: What the language model's matrices are packed in, a key of `PACKED`.
         dtype: What is computed in.
+        cast_once: See `Plan`.
     """
     total = 0.0
     for key, tensor in weights.items():
-        if storage and is_language_matrix(key):
+        if cast_once and not is_table(key):
+            total += 0 if key.endswith(SCALE_SUFFIX) else tensor.numel() * dtype.itemsize
+        elif storage and is_language_matrix(key):
             scales = 0 if storage == "4-bit" else 4 * tensor.shape[0]
             total += _PACKED_BYTES[storage] * tensor.numel() + scales
         else:

@@ -17,7 +17,7 @@ import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 from comfy_execution.utils import CurrentNodeContext
 from comfyui_moma.moma_modules.host.folders import user_folder
-from comfyui_moma.moma_modules.mllm import encode, entries
+from comfyui_moma.moma_modules.mllm import encode
 from comfyui_moma.moma_modules.mllm.encode import prompt_ids
 from comfyui_moma.moma_modules.mllm.entries import Question, executing_entry, note_entry
 from comfyui_moma.moma_modules.mllm.hidden_state_cache import HIDDEN_STATES, HiddenStateCache
@@ -46,7 +46,7 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(folder_paths, "user_directory", str(tmp_path / "user"))
     monkeypatch.setattr(folder_paths, "temp_directory", str(tmp_path / "temp"))
     yield
-    assert not entries._ENTRIES
+    assert not any(thing.asked for thing in gc.get_objects() if type(thing) is Mllm)
 
 
 def picture(seed: int, count: int = 1) -> torch.Tensor:
@@ -173,7 +173,7 @@ def test_cancel_loses_nothing_that_was_there(folder: Path, adapter: Any, monkeyp
         execute(mllm, adapter, image=[picture(0)], prompt=PROMPTS)
     comfy.model_management.interrupt_current_processing(False)
     stop.remove()
-    assert kept() == 1 and len(seen) == 2 and not entries._ENTRIES
+    assert kept() == 1 and len(seen) == 2 and not mllm.asked
     assert len(execute(mllm, adapter, image=[picture(0)], prompt=PROMPTS)) == 3
     assert kept() == 3 and len(seen) == 4
 

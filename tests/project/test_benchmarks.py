@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import mllm_files
 import mllm_part
 import pytest
 import run as benchmark
@@ -113,6 +114,16 @@ def test_the_language_model_is_measured_in_each_precision(results: dict[str, Any
         assert set(small[figure]) == {"fp32", "bf16"} and all(is_positive(ratio) for ratio in small[figure].values())
 
 
+def test_every_form_of_its_files_is_measured_from_the_disk_and_from_memory(results: dict[str, Any]) -> None:
+    files = dict(results["mllm"]["files"])
+    assert files.pop("layers") == 4 and set(files) == set(mllm_files.FORMS)
+    for figures in files.values():
+        assert set(figures) == {"cold_s", "warm_s", "next_s", "peak_mb"}
+        assert all(is_positive(figures[figure]) for figure in ("cold_s", "warm_s", "next_s"))
+    shown = [row for row in table.rows({"mllm": results["mllm"]}) if " file: " in row.what]
+    assert len(shown) == 4 * len(files) - 3  # the bf16 file is the baseline of three
+
+
 def test_the_products_of_a_computation_are_counted() -> None:
     x, weight = torch.randn(5, 7), torch.randn(11, 7)
     assert matrix_flops(lambda: torch.nn.functional.linear(x, weight)) == 2 * 5 * 7 * 11
@@ -120,7 +131,7 @@ def test_the_products_of_a_computation_are_counted() -> None:
 
 def test_a_cpu_measures_full_size_in_fp32_beside_bf16() -> None:
     cases = mllm_part.processes(["bf16", "fp8", "fp32"], full=True, cuda=False)
-    assert cases[1:] == [["bf16 1 layers"], ["fp32 1 layers"], ["bf16 5 layers"], ["fp32 5 layers"]]
+    assert cases[1:] == [["bf16 1 layers"], ["fp32 1 layers"], ["bf16 5 layers"], ["fp32 5 layers"], ["files 3 layers"]]
 
 
 def test_a_few_layers_are_extrapolated_to_all() -> None:
