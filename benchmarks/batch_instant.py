@@ -56,8 +56,10 @@ class InstantWorker:
             return Outcome("ok", files=(Produced("x.png", picture(job)),))
         photos = "".join(upload.name for upload in job.uploads)
         pictures = f"{hashlib.sha256(photos.encode()).hexdigest()}{PICTURES}"
-        subject = Produced("x.safetensors", bytes.fromhex(job.key) * (EMBEDDING_BYTES // 32))
-        return Outcome("ok", files=(subject, Produced(pictures, bytes(1024))))
+        subjects = [
+            Produced(f"{key}.safetensors", bytes.fromhex(key) * (EMBEDDING_BYTES // 32)) for key in job.keys
+        ]
+        return Outcome("ok", files=(*subjects, Produced(pictures, bytes(1024))))
 
     def interrupt(self) -> None:
         """Nothing takes time."""

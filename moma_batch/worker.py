@@ -193,9 +193,9 @@ class Worker:
         order = {name: place for place, name in enumerate(job.graph)}
         outputs = sorted(found.get("outputs", {}).items(), key=lambda item: order.get(item[0], len(order)))
         kinds = ("moma_subjects", "moma_pictures") if job.encodes else ("images",)
-        files = [
-            file for _, node in outputs for kind in kinds for file in node.get(kind, []) if file.get("type") == "output"
-        ]
+        said = (file for _, node in outputs for kind in kinds for file in node.get(kind, []))
+        # Subjects of one picture name the same file of it.
+        files = list({tuple(sorted(file.items())): file for file in said if file.get("type") == "output"}.values())
         if not files:
             return Outcome("failed", "the prompt ended without a file")
         produced = [Produced(str(file["filename"]), server.output(file)) for file in files]
@@ -252,5 +252,5 @@ def _read_history(found: Mapping[str, Any]) -> Outcome | None:
 def _check_mark(file: Produced, job: Job) -> None:
     """A picture that says whose it is must be this job's."""
     text = png_texts(file.content).get("moma_batch")
-    if text is not None and f'"{job.key}"' not in text:
+    if text is not None and f'"{job.keys[0]}"' not in text:
         raise BrokenPictureError(f"{file.name} is another row's: {text[:200]}")
