@@ -1,6 +1,7 @@
 """One worker: a client of one server, and the owner of its process if it is ours."""
 
 import contextlib
+import statistics
 import threading
 import time
 from collections import OrderedDict, deque
@@ -14,9 +15,9 @@ from .process import ComfyProcess, Launch
 from .server import GoneError, RefusedError, Server
 
 SHORTEST_WAIT, LONGEST_WAIT, SHARE = 0.01, 1.0, 0.04
-"""Seconds between two looks at the history; in between, this share of the time that the prompt has taken so far."""
-RECENT = 20
-"""The first look comes at half the time of the shortest of so many jobs before."""
+"""Seconds between two looks at the history; in between, this share of what the prompt takes, usually or so far."""
+RECENT, EARLY = 20, 0.75
+"""The first look comes at this share of the time of the shortest of so many jobs before."""
 LOST_SECONDS = 5.0
 REMEMBERED = 4096
 _MEMORY = ("OutOfMemory", "out of memory", "CUDA error", "AcceleratorError", "MemoryError")
@@ -151,13 +152,14 @@ class Worker:
     def _wait(self, server: Server, job: Job) -> dict[str, Any] | Outcome:
         """What the history says once the prompt has ended, or why we do not wait any longer."""
         start = heard = looked = time.monotonic()
-        pause = min(self._recent, default=0.0) / 2
+        usual = statistics.median(self._recent) if self._recent else 0.0
+        pause = EARLY * min(self._recent, default=0.0)
         while True:
             if self._interrupted.wait(min(max(SHORTEST_WAIT, pause), LONGEST_WAIT)):
                 self._cancel(job)
                 return Outcome("stopped", "stopped")
             now = time.monotonic()
-            pause = SHARE * (now - start)
+            pause = SHARE * max(usual, now - start)
             try:
                 if found := server.history(job.prompt_id):
                     self._recent.append(time.monotonic() - start)

@@ -121,6 +121,8 @@ class Fake:
                             "id": mark.get("id"),
                             "prompt_id": prompt_id,
                             "pid": os.getpid(),
+                            "threads": os.environ.get("OMP_NUM_THREADS"),
+                            "niceness": os.nice(0) if os.name != "nt" else 0,
                             "seconds": seconds,
                             "at": time.time(),
                         }
