@@ -16,8 +16,8 @@ DROP TABLE IF EXISTS tasks; DROP TABLE IF EXISTS needs; DROP TABLE IF EXISTS gro
 CREATE TABLE tasks (
   no INTEGER PRIMARY KEY, id TEXT UNIQUE, row INTEGER, name TEXT UNIQUE COLLATE NOCASE, key TEXT, encodes INTEGER,
   grouped TEXT, sort TEXT, spec TEXT, grp INTEGER, rank INTEGER, state TEXT, waiting INTEGER DEFAULT 0,
-  attempts INTEGER DEFAULT 0, avoid TEXT DEFAULT '', alone INTEGER DEFAULT 0, message TEXT DEFAULT '', result TEXT DEFAULT '',
-  begun TEXT DEFAULT '');
+  attempts INTEGER DEFAULT 0, avoid TEXT DEFAULT '', alone INTEGER DEFAULT 0,
+  message TEXT DEFAULT '', result TEXT DEFAULT '', begun TEXT DEFAULT '');
 CREATE TABLE needs (task INTEGER, encoding INTEGER);
 CREATE TABLE groups (g INTEGER PRIMARY KEY, ready INTEGER DEFAULT 0, owner TEXT);
 """
@@ -64,6 +64,11 @@ class Index:
     def remember_digest(self, path: str, stamp: str, digest: str) -> None:
         """See `digest`."""
         self._db.execute("INSERT OR REPLACE INTO digests VALUES (?, ?, ?)", (path, stamp, digest))
+
+    def settle(self) -> None:
+        """Within `together`: what was changed so far need not lie in memory any longer."""
+        self._db.execute("COMMIT")
+        self._db.execute("BEGIN")
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
