@@ -47,7 +47,7 @@ class Index:
 
     def _open(self, path: Path) -> None:
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        for line in ("synchronous = OFF", "journal_mode = MEMORY", "temp_store = FILE", "cache_size = -20000"):
+        for line in ("synchronous = OFF", "journal_mode = OFF", "temp_store = FILE", "cache_size = -20000"):
             self._db.execute(f"PRAGMA {line}")
         self._db.execute(_DIGESTS)
         self._db.executescript(_TABLES)
@@ -64,11 +64,6 @@ class Index:
     def remember_digest(self, path: str, stamp: str, digest: str) -> None:
         """See `digest`."""
         self._db.execute("INSERT OR REPLACE INTO digests VALUES (?, ?, ?)", (path, stamp, digest))
-
-    def settle(self) -> None:
-        """Within `together`: what was changed so far need not lie in memory any longer."""
-        self._db.execute("COMMIT")
-        self._db.execute("BEGIN")
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -156,6 +151,7 @@ class Index:
         db.execute("DROP TABLE ordered")
         db.execute("DROP TABLE named")
         self._last_rank = self._next
+        db.execute("PRAGMA journal_mode = MEMORY")  # the plan itself is made anew at each start, and takes nothing back
         db.executescript(_INDEXES)
         db.execute(
             "UPDATE groups SET ready = (SELECT count(*) FROM tasks WHERE grp = g AND state = 'pending' AND waiting = 0)"

@@ -24,8 +24,6 @@ NAME_BYTES = 150
 _FORBIDDEN = re.compile(r'[\x00-\x1f\x7f<>:"|?*~\ud800-\udfff]')
 _DEVICES = re.compile(r"(CON|PRN|AUX|NUL|CONIN\$|CONOUT\$|COM[\d¹²³]|LPT[\d¹²³])", re.IGNORECASE)
 INVALID = "invalid"
-SETTLED = 5000
-"""After so many entries of the journal the index is written: until then it keeps what it may have to take back."""
 
 
 @dataclass
@@ -214,9 +212,7 @@ def replay(folder: Path, index: Index, is_there: Callable[[dict[str, Any]], bool
     """
     changed = gone = 0
     with index.together():
-        for number, entry in enumerate(entries(folder)):
-            if number % SETTLED == 0:
-                index.settle()
+        for entry in entries(folder):
             found = index.find(str(entry.get("task", "")))
             if found is None or entry["event"] not in ("begin", "end", "retry"):
                 continue

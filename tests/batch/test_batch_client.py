@@ -173,13 +173,14 @@ def masked(place: Any) -> str:
     return name
 
 
-def subjects_of(out: Path) -> dict[tuple[str, str], tuple[str, torch.Tensor]]:
-    """The picture and embedding of each saved subject, by word and prompt."""
+def subjects_of(out: Path) -> dict[str, tuple[tuple[str, str, str], torch.Tensor]]:
+    """Word, prompt, picture and embedding of each saved subject, by the key that its file is called."""
     found = {}
     for path in (out / "subjects").rglob("*.safetensors"):
         with safe_open(path, "pt") as file:
             about = file.metadata()
-            found[about["subject"], about["prompt"]] = (about["pictures"], file.get_tensor("embedding"))
+            said = (about["subject"], about["prompt"], about["pictures"])
+            found[path.stem] = (said, file.get_tensor("embedding"))
     return found
 
 
@@ -195,16 +196,17 @@ def test_what_is_encoded_together_is_what_each_would_be_alone(real: ComfyServer,
     assert status == 0, output
     assert real.log().count("got prompt") - asked == 2, "ten and two"
     together, place.out = subjects_of(place.out), place.folder / "alone"
-    assert sorted(together) == sorted((word, text) for _, word, text in rows)
+    assert sorted(said[:2] for said, _ in together.values()) == sorted((word, text) for _, word, text in rows)
     for count in range(1, 4):
         assert place.do("run", str(place.table(rows[:count], COLUMNS)), *words)[0] == 0
     assert real.log().count("got prompt") - asked == 2 + 3
     alone = subjects_of(place.out)
-    for text, (picture, embedding) in alone.items():
-        assert together[text][0] == picture
-        nearest = min(together, key=lambda name: float((together[name][1] - embedding).abs().max()))
-        assert nearest == text
-        torch.testing.assert_close(together[text][1], embedding, atol=1e-4, rtol=1e-3)
+    assert len(alone) == 3
+    for key, (said, embedding) in alone.items():
+        assert together[key][0] == said
+        distances = {other: float((found - embedding).abs().max()) for other, (_, found) in together.items()}
+        assert min(distances, key=lambda other: distances[other]) == key
+        torch.testing.assert_close(together[key][1], embedding, atol=1e-4, rtol=1e-3)
 
 
 def test_a_bad_word_names_itself_and_the_others_are_encoded(real: ComfyServer, place: Any) -> None:
