@@ -47,17 +47,18 @@ class InstantWorker:
     def execute(self, job: Job) -> Outcome:
         """At once."""
         with InstantWorker.lock:
-            InstantWorker.done += 1
-            if InstantWorker.done == 1:
+            before = InstantWorker.done
+            InstantWorker.done += len(job.keys)
+            if not before:
                 print(f"{FIRST}{time.process_time()}", flush=True)
-            if InstantWorker.done == self._most:
+            if before < self._most <= InstantWorker.done:
                 os.kill(os.getpid(), signal.SIGINT)
         if not job.encodes:
             return Outcome("ok", files=(Produced("x.png", picture(job)),))
         photos = "".join(upload.name for upload in job.uploads)
         pictures = f"{hashlib.sha256(photos.encode()).hexdigest()}{PICTURES}"
-        subject = Produced("x.safetensors", bytes.fromhex(job.key) * (EMBEDDING_BYTES // 32))
-        return Outcome("ok", files=(subject, Produced(pictures, bytes(1024))))
+        subjects = [Produced(f"{key}.safetensors", bytes.fromhex(key) * (EMBEDDING_BYTES // 32)) for key in job.keys]
+        return Outcome("ok", files=(*subjects, Produced(pictures, bytes(1024))))
 
     def interrupt(self) -> None:
         """Nothing takes time."""

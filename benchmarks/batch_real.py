@@ -1,6 +1,7 @@
 """real: rows of the small world through a real ComfyUI: a bare loop, `moma_batch`, and `moma_batch` through Ray.
 
-The same rows, one server each, one after another. The first row, for which the models are loaded, is left out.
+The same rows, one server each, one after another. The first row, for which the models are loaded, is left out. All have
+as many threads: with others a processor adds up in another order, and every picture is another one by a little.
 """
 
 import csv
@@ -31,23 +32,34 @@ from workbench.comfy_server import ComfyServer
 ARGUMENTS = ("--disable-api-nodes",)
 PROMPTS = 5
 POLL_S = 0.02
+THREADS = str(os.cpu_count())
 
 
 def small_world(rows: int, steps: int, comfyui: Path, ray: Path | None) -> dict[str, Any]:
-    """Seconds a row of each way, how memory went, and whether all made the same pixels.
+    """Seconds a row of each way, how memory went, and how many rows have the pixels of the loop.
 
     Args:
         ray: The Python that has Ray; None leaves it out.
     """
+    os.environ["OMP_NUM_THREADS"] = THREADS
     with tempfile.TemporaryDirectory(prefix="moma-benchmark-") as name:
         folder, load = Path(name), os.getloadavg()[0]
         table = _table(folder, rows, steps)
         ways = {"loop": _loop(folder, table, comfyui), "local": _run(folder, table, comfyui, None)}
         if ray is not None:
             ways["ray"] = _run(folder, table, comfyui, ray)
-        pixels = [way.pop("pixels") for way in ways.values()]
-        same = sum(all(found.get(row) == pixels[0][row] for found in pixels) for row in pixels[0])
-        return {"rows": rows, "steps": steps, "load": load, "same_pixels": same, **ways}
+        pixels = {name: way.pop("pixels") for name, way in ways.items()}
+        return {"rows": rows, "steps": steps, "load": load, "same_pixels": same_as_loop(pixels), **ways}
+
+
+def same_as_loop(pixels: Mapping[str, Mapping[str, bytes]]) -> dict[str, int]:
+    """Of each other way, how many rows have the digest of pixels that the loop's have."""
+    loop = pixels["loop"]
+    return {
+        name: sum(found.get(row) == digest for row, digest in loop.items())
+        for name, found in pixels.items()
+        if name != "loop"
+    }
 
 
 def _table(folder: Path, rows: int, steps: int) -> Path:

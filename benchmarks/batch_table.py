@@ -103,9 +103,9 @@ def _memory(found: Results | None) -> str:
 
 
 def _real_note(found: Results) -> str:
+    same = ", ".join(f"{BACKENDS[name]} {count}" for name, count in found["same_pixels"].items())
     return (
-        f": {found['rows']} rows of {found['steps']} steps; {found['same_pixels']} of them have the same pixels in all "
-        "ways. The first row is left out. "
+        f": {found['rows']} rows of {found['steps']} steps. With the loop's pixels: {same}. The first row is left out. "
         f"Load before: {found['load']:.0f}"
     )
 

@@ -38,6 +38,8 @@ VARIABLES = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray would kill the guard before the guard can end ComfyUI.
     "RAY_kill_child_processes_on_worker_exit": "0",
+    # Where Ray is started here: its workers, and ComfyUI with them, would give way to every other program.
+    "RAY_worker_niceness": "0",
 }
 
 

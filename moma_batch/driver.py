@@ -3,22 +3,19 @@
 import shutil
 import sqlite3
 import time
-import uuid
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .attempts import Attempt, Attempts
 from .backend import Backend, is_plain, outcome_of
-from .graphs import graph_of, uploads_of
 from .index import Index
-from .jobs import Job, Outcome
+from .jobs import Outcome
 from .journal import Journal
-from .phases import SAVER, with_subjects
-from .results import Written, published, subject_uploads, why_full
-from .tasks import Task
-from .workflow import with_prefix
+from .results import Written, published, why_full
+from .tasks import APART, Task
 
 OK, SOME_FAILED, USAGE, DISK_FULL, NO_WORKERS, STOPPED = 0, 1, 2, 3, 4, 130
 """What the command's exit status means."""
@@ -49,7 +46,7 @@ class Place:
     retired: bool = False
     failed_starts: int = 0
     failed_rows: set[str] = field(default_factory=set)
-    next: tuple[Task, Job] | None = None
+    next: Attempt | None = None
 
 
 @dataclass
@@ -70,8 +67,9 @@ class Driver:
     def __post_init__(self) -> None:
         """Nothing runs yet."""
         self._places = {name: Place(name) for name in self.backend.names}
-        self._running: dict[Future[Any], tuple[Place, Task | None, Job | None]] = {}
-        self._resumed: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+        self._attempts = Attempts(self.folder, self.run_id, self.index, self.limits.timeout)
+        self._running: dict[Future[Any], tuple[Place, Attempt | None]] = {}
+        self._resumed: dict[str, dict[str, list[int]]] = {}
         self._interrupted = False
         self._disk = ThreadPoolExecutor(WRITERS, thread_name_prefix="disk")
 
@@ -83,7 +81,8 @@ class Driver:
         """Do all tasks that can be done; the exit status."""
         try:
             for no, begun in self.index.begun():
-                self._resumed.setdefault(str(begun.get("worker")), []).append((no, begun))
+                prompts = self._resumed.setdefault(str(begun.get("worker")), {})
+                prompts.setdefault(str(begun["prompt_id"]), []).append(no)
             for place in self._places.values():
                 self._make_well(place)
             self._loop()
@@ -112,20 +111,21 @@ class Driver:
                 self.backend.interrupt()
             done, _ = wait(self._running, TICK, FIRST_COMPLETED)
             ended = [(future, *self._running.pop(future)) for future in done]
-            for future, place, task, _ in ended:  # first new work for the workers, then what they made is written
-                if task is not None and self._may_start() and is_plain(future):
+            for future, place, attempt in ended:  # first new work for the workers, then what they made is written
+                if attempt is not None and self._may_start() and is_plain(future):
                     self._give(place)
-            self._write([(place, t, job, outcome_of(future)) for future, place, t, job in ended if t and job])
-            for future, place, task, _ in ended:
-                if task is None:
+            self._write([(place, attempt, outcome_of(future)) for future, place, attempt in ended if attempt])
+            for future, place, attempt in ended:
+                if attempt is None:
                     self._made_well(place, future)
             self.tick()
 
-    def _write(self, ended: "list[tuple[Place, Task, Job, Outcome]]") -> None:
+    def _write(self, ended: "list[tuple[Place, Attempt, Outcome]]") -> None:
         """Publish what has been made, all at once: a disk may take its time for each file that must be on it."""
-        written = self._disk.map(lambda one: published(self.folder, one[1], one[3]), ended)
-        for (place, task, job, outcome), files in zip(ended, list(written), strict=True):
-            self._ended(place, task, job, outcome, files)
+        parts = [attempt.outcomes(outcome) for _, attempt, outcome in ended]
+        written = self._disk.map(lambda one: published(self.folder, *one), [one for part in parts for one in part])
+        for (place, attempt, outcome), part in zip(ended, parts, strict=True):
+            self._ended(place, attempt, outcome, [(*one, next(written)) for one in part])
         try:
             self.journal.sync()
         except OSError as error:
@@ -133,7 +133,7 @@ class Driver:
 
     def _goes_on(self) -> bool:
         """Whether something runs, or will once a worker is well; nobody waits for a worker without rows for it."""
-        if any(task is not None for _, task, _ in self._running.values()):
+        if any(attempt is not None for _, attempt in self._running.values()):
             return True
         if not self._running or not self._may_start():
             return False
@@ -144,7 +144,7 @@ class Driver:
         return not self.stops and not self.full
 
     def _is_busy(self, place: Place) -> bool:
-        return any(other is place for other, _, _ in self._running.values())
+        return any(other is place for other, _ in self._running.values())
 
     def _check_space(self) -> None:
         free = shutil.disk_usage(self.folder).free
@@ -155,7 +155,7 @@ class Driver:
 
     def _make_well(self, place: Place) -> None:
         place.well = False
-        self._running[self.backend.make_well(place.name)] = (place, None, None)
+        self._running[self.backend.make_well(place.name)] = (place, None)
 
     def _made_well(self, place: Place, future: "Future[None]") -> None:
         error = future.exception()
@@ -177,76 +177,78 @@ class Driver:
 
     def _give(self, place: Place) -> None:
         """The next job for a worker, and the one after that to be prepared for."""
-        task, job = place.next or self._choose(place) or self._kept_by_others() or (None, None)
+        attempt = place.next or self._choose(place) or self._kept_by_others()
         place.next = None
-        if task is None or job is None:
+        if attempt is None:
             return
-        begun = {"task": task.id, "key": task.key, "worker": place.name, "prompt_id": job.prompt_id}
-        self.journal.add("begin", begun, kept=False)
-        self._running[self.backend.execute(place.name, job)] = (place, task, job)
+        job = attempt.job
+        for task in attempt.tasks:
+            begun = {"task": task.id, "key": task.key, "worker": place.name, "prompt_id": job.prompt_id}
+            self.journal.add("begin", begun, kept=False)
+        self._running[self.backend.execute(place.name, job)] = (place, attempt)
         place.next = self._choose(place)
         if place.next is not None:
-            self.backend.prepare(place.name, place.next[1])
+            self.backend.prepare(place.name, place.next.job)
 
-    def _choose(self, place: Place) -> tuple[Task, Job] | None:
+    def _choose(self, place: Place) -> Attempt | None:
         if waiting := self._resumed.get(place.name):
-            no, begun = waiting.pop(0)
-            task = self.index.by_number(no)
-            if task.state == "pending":
-                return self._with_job(self.index.take_begun(no), str(begun["prompt_id"]))
+            prompt_id = next(iter(waiting))
+            if attempt := self._attempts.again(waiting.pop(prompt_id), prompt_id):
+                return attempt
         alone = sum(not other.retired for other in self._places.values()) < 2
         found = self.index.take(place.name, alone, self.limits.encodes)
-        return self._with_job(found) if found else None
+        return self._attempts.of(found) if found else None
 
-    def _kept_by_others(self) -> tuple[Task, Job] | None:
+    def _kept_by_others(self) -> Attempt | None:
         """When nothing else is left: what another worker was to do next, and may as well be done elsewhere."""
         for other in self._places.values():
-            if other.next is not None and not other.next[1].resumed and other.next[1].attempt == 1:
+            if other.next is not None and not other.next.job.resumed and other.next.job.attempt == 1:
                 found, other.next = other.next, None
                 return found
         return None
 
-    def _with_job(self, task: Task, resumed: str = "") -> tuple[Task, Job]:
-        graph = graph_of(task.spec)
-        uploads = list(uploads_of(task.spec, graph))
-        names = {}
-        for encoding in self.index.encodings_of(task.no):
-            names[encoding.key], files = subject_uploads(self.folder, encoding)
-            uploads += files
-        prompt_id = resumed or str(uuid.uuid4())
-        prefix = f"moma_batch/{self.run_id[:8]}/{task.key[:3]}/{task.key[:32]}-{prompt_id[:8]}"
-        graph = with_prefix(with_subjects(graph, names), prefix)
-        if task.encodes:
-            graph[SAVER]["inputs"]["filename_prefix"] = prefix
-        mark, attempt = {"id": task.id, "key": task.key}, task.attempts + 1
-        sent, encodes, timeout = tuple(uploads), task.encodes, self.limits.timeout
-        job = Job(task.id, task.key, attempt, prompt_id, graph, sent, encodes, mark, timeout, bool(resumed))
-        return task, job
-
     def _take_back(self, only: Place | None = None) -> None:
         """What was chosen and has not begun is to be done by whoever comes first."""
         for place in self._places.values() if only is None else (only,):
-            if place.next is not None:
-                self.index.put_back(place.next[0].no)
-                place.next = None
+            for task in place.next.tasks if place.next is not None else ():
+                self.index.put_back(task.no)
+            place.next = None
 
-    def _ended(self, place: Place, task: Task, job: Job, outcome: Outcome, files: Written) -> None:
-        entry: dict[str, Any] = {"task": task.id, "key": task.key, "attempt": job.attempt, "status": outcome.status}
-        entry |= {"worker": place.name, "seconds": outcome.seconds, "at": round(time.time(), 3)}
-        entry |= {"message": outcome.message, "node": outcome.node} if outcome.message else {}
-        try:
-            if isinstance(files, OSError):
-                raise files
-            self._settle(place, task, outcome, {**entry, "files": files} if files else entry)
-        except OSError as error:
-            self.full = why_full(error)
-            self.index.put_back(task.no)
+    def _ended(
+        self, place: Place, attempt: Attempt, outcome: Outcome, parts: "list[tuple[Task, Outcome, Written]]"
+    ) -> None:
+        apart = len(parts) > 1 and parts[0][1].status in ("refused", "failed", "fault")
+        for task, own, files in parts:
+            entry: dict[str, Any] = {"task": task.id, "key": task.key, "attempt": attempt.job.attempt}
+            entry |= {"status": APART if apart else own.status, "worker": place.name}
+            entry |= {"seconds": own.seconds, "at": round(time.time(), 3)}
+            entry |= {"message": own.message, "node": own.node} if own.message else {}
+            try:
+                if isinstance(files, OSError):
+                    raise files
+                self._settle(place, task, own, {**entry, "files": files} if files else entry)
+            except OSError as error:
+                self.full = why_full(error)
+                self.index.put_back(task.no)
+        if apart:
+            self._set_apart(place, parts[0][0], parts[0][1], len(parts))
         if outcome.restart and not place.retired and not self.stops:
             self._take_back(place)
             self._make_well(place)
 
+    def _set_apart(self, place: Place, first: Task, outcome: Outcome, count: int) -> None:
+        """Nobody knows for which of the encodings a prompt failed: it is charged to none, and each is tried alone."""
+        said = f"{outcome.node and outcome.node + ': '}{outcome.message}"
+        self.say(f"{count} subjects of one picture were not encoded together, and are one by one: {said}")
+        if outcome.status == "fault":
+            self._count(place, first, outcome)
+
     def _settle(self, place: Place, task: Task, outcome: Outcome, entry: dict[str, Any]) -> None:
-        if outcome.status == "ok":
+        if entry["status"] == APART:
+            self.journal.add("end", entry)
+            self.index.set_alone(task.no)
+            self.index.put_back(task.no)
+        elif outcome.status == "ok":
             entry |= {"versions": outcome.versions}
             self.journal.add("end", entry)
             self.index.set_state(task.no, "ok", "", entry)
@@ -273,6 +275,10 @@ class Driver:
             self.index.set_state(task.no, "poison", f"failed {attempts} times: {outcome.message}", said)
         else:
             self.index.put_back(task.no, last=True)
+        self._count(place, task, outcome)
+
+    def _count(self, place: Place, task: Task, outcome: Outcome) -> None:
+        """A worker on which one row after another fails gets no more."""
         place.failed_rows.add(task.id)
         if len(place.failed_rows) >= MOST_ROWS:
             self._retire(place, f"{MOST_ROWS} rows in a row failed on it; the last: {outcome.message}")

@@ -16,8 +16,8 @@ DROP TABLE IF EXISTS tasks; DROP TABLE IF EXISTS needs; DROP TABLE IF EXISTS gro
 CREATE TABLE tasks (
   no INTEGER PRIMARY KEY, id TEXT UNIQUE, row INTEGER, name TEXT UNIQUE COLLATE NOCASE, key TEXT, encodes INTEGER,
   grouped TEXT, sort TEXT, spec TEXT, grp INTEGER, rank INTEGER, state TEXT, waiting INTEGER DEFAULT 0,
-  attempts INTEGER DEFAULT 0, avoid TEXT DEFAULT '', message TEXT DEFAULT '', result TEXT DEFAULT '',
-  begun TEXT DEFAULT '');
+  attempts INTEGER DEFAULT 0, avoid TEXT DEFAULT '', alone INTEGER DEFAULT 0,
+  message TEXT DEFAULT '', result TEXT DEFAULT '', begun TEXT DEFAULT '');
 CREATE TABLE needs (task INTEGER, encoding INTEGER);
 CREATE TABLE groups (g INTEGER PRIMARY KEY, ready INTEGER DEFAULT 0, owner TEXT);
 """
@@ -47,7 +47,7 @@ class Index:
 
     def _open(self, path: Path) -> None:
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        for line in ("synchronous = OFF", "journal_mode = MEMORY", "temp_store = FILE", "cache_size = -20000"):
+        for line in ("synchronous = OFF", "journal_mode = OFF", "temp_store = FILE", "cache_size = -20000"):
             self._db.execute(f"PRAGMA {line}")
         self._db.execute(_DIGESTS)
         self._db.executescript(_TABLES)
@@ -112,8 +112,8 @@ class Index:
         query = "SELECT no, begun FROM tasks WHERE begun <> '' AND state = 'pending' AND waiting = 0 ORDER BY no"
         return [(int(no), json.loads(begun)) for no, begun in self._db.execute(query)]
 
-    def take_begun(self, no: int) -> Task:
-        """Such a task, which is running then."""
+    def start(self, no: int) -> Task:
+        """A task that waits to be done is running then."""
         self._db.execute("UPDATE tasks SET state = 'running' WHERE no = ?", (no,))
         return self.by_number(no)
 
@@ -151,6 +151,7 @@ class Index:
         db.execute("DROP TABLE ordered")
         db.execute("DROP TABLE named")
         self._last_rank = self._next
+        db.execute("PRAGMA journal_mode = MEMORY")  # the plan itself is made anew at each start, and takes nothing back
         db.executescript(_INDEXES)
         db.execute(
             "UPDATE groups SET ready = (SELECT count(*) FROM tasks WHERE grp = g AND state = 'pending' AND waiting = 0)"
@@ -172,13 +173,23 @@ class Index:
             )
 
     def charge(self, no: int, worker: str) -> int:
-        """Count a failed attempt against a task; how many it has."""
-        self._db.execute("UPDATE tasks SET attempts = attempts + 1, avoid = ? WHERE no = ?", (worker, no))
+        """Count a failed attempt against a task, which is alone from then on; how many it has."""
+        self._db.execute("UPDATE tasks SET attempts = attempts + 1, avoid = ?, alone = 1 WHERE no = ?", (worker, no))
         return int(self._db.execute("SELECT attempts FROM tasks WHERE no = ?", (no,)).fetchone()[0])
 
     def forgive(self, no: int) -> None:
-        """Forget what was charged."""
-        self._db.execute("UPDATE tasks SET attempts = 0, avoid = '' WHERE no = ?", (no,))
+        """Forget what was charged; the task is alone, as it may fail again."""
+        self._db.execute("UPDATE tasks SET attempts = 0, avoid = '', alone = 1 WHERE no = ?", (no,))
+
+    def set_alone(self, no: int) -> None:
+        """A task is to share no prompt with others any more."""
+        self._db.execute("UPDATE tasks SET alone = 1 WHERE no = ?", (no,))
+
+    def beside(self, no: int, most: int) -> list[Task]:
+        """Tasks of the group of one that wait to be done and may share a prompt, in their order."""
+        where = "grp = (SELECT grp FROM tasks WHERE no = ?) AND state = 'pending' AND waiting = 0 AND alone = 0"
+        query = f"SELECT {COLUMNS} FROM tasks WHERE {where} ORDER BY rank LIMIT ?"
+        return [task_of(found) for found in self._db.execute(query, (no, most)).fetchall()]
 
     def put_back(self, no: int, last: bool = False) -> None:
         """A task is to be done again; `last`: after all others of its group."""

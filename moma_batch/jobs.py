@@ -42,23 +42,23 @@ class Upload:
 
 @dataclass(frozen=True)
 class Job:
-    """One attempt at one task.
+    """One attempt at one task, or at several encodings of one picture.
 
     Attributes:
-        task: The task's id, as in the journal.
-        key: The task's key.
+        task: The first task's id, as in the journal.
+        keys: The tasks' keys.
         attempt: 1 for the first.
         prompt_id: The prompt's id on the server, a UUID.
         graph: What to queue.
         uploads: What must be in the server's input folder before.
-        encodes: Whether it gives a subject; else it gives pictures.
+        encodes: Whether it gives a subject for each key; else it gives pictures.
         mark: What SaveImage writes into each picture.
         timeout: Seconds after which the server counts as hung.
         resumed: An earlier driver may have queued it on this worker already.
     """
 
     task: str
-    key: str
+    keys: tuple[str, ...]
     attempt: int
     prompt_id: str
     graph: Graph

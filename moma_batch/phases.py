@@ -1,15 +1,20 @@
 """A graph that looks at a subject, as two: one that encodes it, one that samples with the saved result.
 
-The language model is needed for the first only; rows that differ in seed, strength or sampler share it.
+The language model is needed for the first only; rows that differ in seed, strength or sampler share it. Several words
+and prompts about one picture go to it in one graph, as a list, of which it makes one forward.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from .jobs import Graph
 from .workflow import EXTRACT, LOAD, is_link, upstream
 
 SAVER = "moma_batch_save"
+TOGETHER = 10
+"""So many subjects of one picture are encoded in one graph: what one Create List takes."""
+_TEXTS = ("subject", "prompt")
+"""What Extract Subject Features may have a list of."""
 _CHOICE = re.compile(r"\{[^{}]*\|")
 PLACEHOLDER = "moma_batch subject "
 """Stands in a graph for the file of a saved subject until it is there; the encoding's key follows."""
@@ -63,3 +68,32 @@ def with_subjects(graph: Graph, files: dict[str, str]) -> Graph:
             node = {**node, "inputs": {**node["inputs"], "subject_name": files[value.removeprefix(PLACEHOLDER)]}}
         done[name] = node
     return done
+
+
+def are_alike(graph: Graph, other: Graph) -> bool:
+    """Whether two graphs of `encodings` differ in word and prompt alone, so that `together` can join them."""
+    return _without_texts(graph) == _without_texts(other)
+
+
+def _without_texts(graph: Graph) -> Graph:
+    name = _looks(graph)
+    node = graph[name]
+    blank = {key: "" for key in _TEXTS if isinstance(node["inputs"].get(key), str)}
+    return {**graph, name: {**node, "inputs": {**node["inputs"], **blank}}}
+
+
+def together(graphs: Sequence[Graph], prefixes: Sequence[str]) -> Graph:
+    """One graph for several of `encodings`, all alike, that saves each one's subject under its prefix."""
+    graph, name = dict(graphs[0]), _looks(graphs[0])
+    given = {key: [one[name]["inputs"].get(key) for one in graphs] for key in _TEXTS}
+    lists = {key: texts for key, texts in given.items() if len(set(map(str, texts))) > 1}
+    for node, key, texts in [*((name, *item) for item in lists.items()), (SAVER, "filename_prefix", list(prefixes))]:
+        inputs = {f"inputs.input{number}": text for number, text in enumerate(texts)}
+        graph[f"moma_batch_{key}"] = {"class_type": "CreateList", "inputs": inputs}
+        graph[node] = {**graph[node], "inputs": {**graph[node]["inputs"], key: [f"moma_batch_{key}", 0]}}
+    return graph
+
+
+def _looks(graph: Graph) -> str:
+    """The node that looks at the subject, of a graph of `encodings`."""
+    return str(graph[SAVER]["inputs"]["subject"][0])

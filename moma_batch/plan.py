@@ -15,7 +15,7 @@ from .jobs import Graph, Upload
 from .journal import entries
 from .phases import PLACEHOLDER, encodings, without_encoding
 from .table import Row, RowError, TableError, read_rows, seeds
-from .tasks import Planned
+from .tasks import APART, Planned
 from .workflow import DEFAULT, FILES, SAVE_IMAGE, has_seed, node_called
 
 Identity = Callable[[Graph], list[str]]
@@ -229,8 +229,10 @@ def replay(folder: Path, index: Index, is_there: Callable[[dict[str, Any]], bool
             elif entry["status"] == "fault":
                 index.note(no, "pending")
                 index.charge(no, str(entry.get("worker", "")))
-            elif entry["status"] in ("stopped", "full"):
+            elif entry["status"] in ("stopped", "full", APART):
                 index.note(no, "pending")
+                if entry["status"] == APART:
+                    index.set_alone(no)
             elif entry["status"] == "ok" and not is_there(entry):
                 gone += 1
                 index.note(no, "pending")

@@ -2,19 +2,20 @@
 
 import http.client
 import json
-import urllib.error
-import urllib.parse
-import urllib.request
+import time
 import uuid
+from collections import deque
 from collections.abc import Mapping
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 from .jobs import Graph
 
 SECONDS = 60.0
 """How long one request may take: a server that loads a model answers late."""
 LARGEST = 1 << 30
+KEPT_SECONDS = 2.0
+"""A connection that was idle for longer is not used again: the server, or what lies between, may have closed it."""
 
 
 class GoneError(Exception):
@@ -36,13 +37,8 @@ class RefusedError(Exception):
         super().__init__("\n".join(parts))
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        """Nothing is fetched from where a server points to."""
-
-
 class Server:
-    """One server by its address."""
+    """One server by its address; several threads may ask it at a time. Redirects are not followed, proxies not used."""
 
     def __init__(self, url: str, seconds: float = SECONDS) -> None:
         """Raises ValueError unless it is an address such as http://127.0.0.1:8188."""
@@ -50,8 +46,9 @@ class Server:
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise ValueError(f"--server {url!r} is no address such as http://127.0.0.1:8188")
         self.url, self._seconds = url.rstrip("/"), seconds
-        # No proxy: the address is the server's own.
-        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects()).open
+        self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._place, self._path = (parts.hostname, parts.port), parts.path.rstrip("/")
+        self._idle: deque[tuple[http.client.HTTPConnection, float]] = deque()
 
     def versions(self) -> dict[str, str]:
         """What the server says it is."""
@@ -122,7 +119,7 @@ class Server:
     def output(self, file: Mapping[str, str]) -> bytes:
         """The content of a file that a prompt made."""
         wanted = {name: file[name] for name in ("filename", "subfolder", "type")}
-        return self._request("GET", "/view?" + urllib.parse.urlencode(wanted))
+        return self._request("GET", "/view?" + urlencode(wanted))
 
     def _json(self, method: str, path: str, body: bytes | None = None, kind: str = "") -> dict[str, Any]:
         text = self._request(method, path, body, kind)
@@ -135,31 +132,61 @@ class Server:
         return found
 
     def _request(self, method: str, path: str, body: bytes | None = None, kind: str = "") -> bytes:
-        request = urllib.request.Request(
-            self.url + path, body, {"Content-Type": kind} if body is not None else {}, method=method
-        )
+        kept = self._kept()
         try:
-            with self._open(request, timeout=self._seconds) as answer:
-                content = bytes(answer.read(LARGEST + 1))
-                wanted = answer.headers.get("Content-Length")
-        except urllib.error.HTTPError as error:
-            self._refused(path, error)
+            try:
+                status, wanted, content = self._exchange(kept or self._connection(), method, path, body, kind)
+            except (OSError, http.client.HTTPException):
+                if kept is None or method != "GET":  # what changes something is never sent twice
+                    raise
+                status, wanted, content = self._exchange(self._connection(), method, path, body, kind)
         except (OSError, http.client.HTTPException) as error:
             raise GoneError(f"{self.url} cannot be reached: {error or type(error).__name__}") from error
+        if not 200 <= status < 300:
+            self._refused(path, status, content)
         if len(content) > LARGEST or (wanted is not None and int(wanted) != len(content)):
             raise GoneError(f"{self.url}{path} gave {len(content)} bytes of {wanted}")
         return content
 
-    def _refused(self, path: str, error: urllib.error.HTTPError) -> NoReturn:
-        """Raise what an answer of another status means."""
+    def _connection(self) -> http.client.HTTPConnection:
+        return self._kind(*self._place, timeout=self._seconds)
+
+    def _kept(self) -> http.client.HTTPConnection | None:
+        """A connection that was just in use, which spares both sides a new one."""
+        while self._idle:
+            try:
+                connection, since = self._idle.pop()
+            except IndexError:  # another thread was quicker
+                break
+            if time.monotonic() - since < KEPT_SECONDS:
+                return connection
+            connection.close()
+        return None
+
+    def _exchange(
+        self, connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None, kind: str
+    ) -> tuple[int, str | None, bytes]:
+        """Status, length as announced, and content of an answer."""
         try:
-            text = error.read(1 << 20)
-        except (OSError, http.client.HTTPException):
-            text = b""
-        if path == "/prompt" and error.code == 400:
+            headers = {"Content-Type": kind} if body is not None else {}
+            connection.request(method, self._path + path, body, headers)
+            answer = connection.getresponse()
+            content = answer.read(LARGEST + 1)
+        except BaseException:
+            connection.close()
+            raise
+        if answer.isclosed() and not answer.will_close:
+            self._idle.append((connection, time.monotonic()))
+        else:
+            connection.close()
+        return answer.status, answer.headers.get("Content-Length"), content
+
+    def _refused(self, path: str, status: int, text: bytes) -> NoReturn:
+        """Raise what an answer of another status means."""
+        if path == "/prompt" and status == 400:
             try:
                 answer = json.loads(text)
             except ValueError:
                 answer = {"error": text.decode("utf-8", "replace")[:300]}
-            raise RefusedError(answer) from error
-        raise GoneError(f"{self.url}{path} answered {error.code}: {text[:200].decode('utf-8', 'replace')}") from error
+            raise RefusedError(answer)
+        raise GoneError(f"{self.url}{path} answered {status}: {text[:200].decode('utf-8', 'replace')}")

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+APART = "apart"
+"""In the journal: an encoding failed together with others, and is to be tried alone."""
+
 
 class Planned(NamedTuple):
     """A task to put into the index; `needs` are the numbers of the encodings that come first."""
@@ -22,7 +25,12 @@ class Planned(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """A task of the index. `attempts` are those that were charged."""
+    """A task of the index.
+
+    Attributes:
+        attempts: Those that were charged.
+        alone: It shares no prompt of a server with other tasks.
+    """
 
     no: int
     id: str
@@ -35,14 +43,16 @@ class Task:
     attempts: int
     message: str
     result: dict[str, Any]
+    alone: bool = False
 
 
-COLUMNS = "no, id, row, name, key, encodes, spec, state, attempts, message, result"
+COLUMNS = "no, id, row, name, key, encodes, spec, state, attempts, message, result, alone"
 """Of the index, in the order in which `task_of` takes them."""
 
 
 def task_of(found: tuple[Any, ...]) -> Task:
     """A task from its columns."""
-    no, task_id, row, name, key, encodes, spec, state, attempts, message, result = found
+    no, task_id, row, name, key, encodes, spec, state, attempts, message, result, alone = found
     read = json.loads(result) if result else {}
-    return Task(no, task_id, row, name or "", key, bool(encodes), json.loads(spec), state, attempts, message, read)
+    rest = (json.loads(spec), state, attempts, message, read, bool(alone))
+    return Task(no, task_id, row, name or "", key, bool(encodes), *rest)

@@ -1,6 +1,7 @@
 """One worker: a client of one server, and the owner of its process if it is ours."""
 
 import contextlib
+import statistics
 import threading
 import time
 from collections import OrderedDict, deque
@@ -14,9 +15,9 @@ from .process import ComfyProcess, Launch
 from .server import GoneError, RefusedError, Server
 
 SHORTEST_WAIT, LONGEST_WAIT, SHARE = 0.01, 1.0, 0.04
-"""Seconds between two looks at the history; in between, this share of the time that the prompt has taken so far."""
-RECENT = 20
-"""The first look comes at half the time of the shortest of so many jobs before."""
+"""Seconds between two looks at the history; in between, this share of what the prompt takes, usually or so far."""
+RECENT, EARLY = 20, 0.75
+"""The first look comes at this share of the time of the shortest of so many jobs before."""
 LOST_SECONDS = 5.0
 REMEMBERED = 4096
 _MEMORY = ("OutOfMemory", "out of memory", "CUDA error", "AcceleratorError", "MemoryError")
@@ -151,13 +152,14 @@ class Worker:
     def _wait(self, server: Server, job: Job) -> dict[str, Any] | Outcome:
         """What the history says once the prompt has ended, or why we do not wait any longer."""
         start = heard = looked = time.monotonic()
-        pause = min(self._recent, default=0.0) / 2
+        usual = statistics.median(self._recent) if self._recent else 0.0
+        pause = EARLY * min(self._recent, default=0.0)
         while True:
             if self._interrupted.wait(min(max(SHORTEST_WAIT, pause), LONGEST_WAIT)):
                 self._cancel(job)
                 return Outcome("stopped", "stopped")
             now = time.monotonic()
-            pause = SHARE * (now - start)
+            pause = SHARE * max(usual, now - start)
             try:
                 if found := server.history(job.prompt_id):
                     self._recent.append(time.monotonic() - start)
@@ -193,9 +195,9 @@ class Worker:
         order = {name: place for place, name in enumerate(job.graph)}
         outputs = sorted(found.get("outputs", {}).items(), key=lambda item: order.get(item[0], len(order)))
         kinds = ("moma_subjects", "moma_pictures") if job.encodes else ("images",)
-        files = [
-            file for _, node in outputs for kind in kinds for file in node.get(kind, []) if file.get("type") == "output"
-        ]
+        said = (file for _, node in outputs for kind in kinds for file in node.get(kind, []))
+        # Subjects of one picture name the same file of it.
+        files = list({tuple(sorted(file.items())): file for file in said if file.get("type") == "output"}.values())
         if not files:
             return Outcome("failed", "the prompt ended without a file")
         produced = [Produced(str(file["filename"]), server.output(file)) for file in files]
@@ -252,5 +254,5 @@ def _read_history(found: Mapping[str, Any]) -> Outcome | None:
 def _check_mark(file: Produced, job: Job) -> None:
     """A picture that says whose it is must be this job's."""
     text = png_texts(file.content).get("moma_batch")
-    if text is not None and f'"{job.key}"' not in text:
+    if text is not None and f'"{job.keys[0]}"' not in text:
         raise BrokenPictureError(f"{file.name} is another row's: {text[:200]}")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from tiny_scene_pack import add_tiny_scene_pack
 
 from workbench import ROOT
@@ -20,6 +21,7 @@ from workbench.random_weights import HIDDEN, llava_folder
 from workbench.tiny_models import adapter_groups
 
 pytestmark = pytest.mark.server
+COLUMNS = ("image", "subject", "prompt")
 PHOTO = ROOT / "workbench" / "photo" / "photo.jpg"
 
 
@@ -131,8 +133,8 @@ def tiny_graph(folder: Path) -> Path:
 
 
 def test_both_phases_give_the_pictures_of_one_and_do_not_repeat_the_photograph(real: ComfyServer, place: Any) -> None:
-    data = ROOT / "workbench" / "photo"
-    (place.folder / "photo_masked.png").write_bytes((data / "photo_masked.png").read_bytes())
+    data = PHOTO.parent
+    masked(place)
     for name, source in (("turned.png", "photo.jpg"), ("mask.png", "mask.png")):
         Image.open(data / source).rotate(90).save(place.folder / name)
     columns = ("id", "image", "mask", "subject", "prompt", "seed", "strength", "set.KSampler.cfg", "note.why")
@@ -146,6 +148,7 @@ def test_both_phases_give_the_pictures_of_one_and_do_not_repeat_the_photograph(r
     )
     words = ("run", str(table), "--server", real.address, "--workflow", str(tiny_graph(place.folder)))
     whole: dict[str, np.ndarray] = {}
+    asked = real.log().count("got prompt")
     for phases in ("--one-phase", ""):
         place.out = place.folder / f"out{phases}"
         status, output = place.do(*words, *filter(None, [phases]))
@@ -156,8 +159,62 @@ def test_both_phases_give_the_pictures_of_one_and_do_not_repeat_the_photograph(r
         assert len({picture.tobytes() for picture in made.values()}) == 8
         assert not whole or all(np.array_equal(whole[name], made[name]) for name in whole)
         whole = made
+    assert real.log().count("got prompt") - asked == 8 + 2 + 8, "of each picture both prompts are encoded in one go"
     subjects = sorted((place.out / "subjects").rglob("*.*"), key=lambda path: path.stat().st_size)
     assert [path.suffix for path in subjects] == [".safetensors"] * 4 + [".pictures"] * 2
     assert all(path.stat().st_size < 10_000 for path in subjects[:4])
     log = real.log()
     assert place.do(*words)[0] == 0 and real.log().count("got prompt") == log.count("got prompt")
+
+
+def masked(place: Any) -> str:
+    """A photograph whose transparency is its mask."""
+    name = "photo_masked.png"
+    (place.folder / name).write_bytes((PHOTO.parent / name).read_bytes())
+    return name
+
+
+def subjects_of(out: Path) -> dict[str, tuple[tuple[str, str, str], torch.Tensor]]:
+    """Word, prompt, picture and embedding of each saved subject, by the key that its file is called."""
+    found = {}
+    for path in (out / "subjects").rglob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+            said = (about["subject"], about["prompt"], about["pictures"])
+            found[path.stem] = (said, file.get_tensor("embedding"))
+    return found
+
+
+def test_what_is_encoded_together_is_what_each_would_be_alone(real: ComfyServer, place: Any) -> None:
+    graph = tiny_graph(place.folder)
+    content = json.loads(graph.read_text(encoding="utf-8"))
+    content["5"]["inputs"]["cache"], content["3"]["inputs"]["precision"] = False, "fp32"
+    graph.write_text(json.dumps(content), encoding="utf-8")
+    words = ("--server", real.address, "--workflow", str(graph), "--only", "encode")
+    rows = [[masked(place), "cup" if i % 2 else "mug", f"A thing in place {i}."] for i in range(12)]
+    asked = real.log().count("got prompt")
+    status, output = place.do("run", str(place.table(rows, COLUMNS)), *words)
+    assert status == 0, output
+    assert real.log().count("got prompt") - asked == 2, "ten and two"
+    together, place.out = subjects_of(place.out), place.folder / "alone"
+    assert sorted(said[:2] for said, _ in together.values()) == sorted((word, text) for _, word, text in rows)
+    for count in range(1, 4):
+        assert place.do("run", str(place.table(rows[:count], COLUMNS)), *words)[0] == 0
+    assert real.log().count("got prompt") - asked == 2 + 3
+    alone = subjects_of(place.out)
+    assert len(alone) == 3
+    for key, (said, embedding) in alone.items():
+        assert together[key][0] == said
+        distances = {other: float((found - embedding).abs().max()) for other, (_, found) in together.items()}
+        assert min(distances, key=lambda other: distances[other]) == key
+        torch.testing.assert_close(together[key][1], embedding, atol=1e-4, rtol=1e-3)
+
+
+def test_a_bad_word_names_itself_and_the_others_are_encoded(real: ComfyServer, place: Any) -> None:
+    rows = [[f"r{i}", masked(place), word, f"A cup {i}."] for i, word in enumerate(("cup", "()", "mug"))]
+    words = ("--server", real.address, "--workflow", str(tiny_graph(place.folder)))
+    status, output = place.do("run", str(place.table(rows, ("id", *COLUMNS))), *words)
+    assert status == 1 and "3 subjects of one picture were not encoded together, and are one by one:" in output
+    found = {row["id"]: (row["status"], row["message"]) for row in place.results()}
+    assert [state for state, _ in found.values()] == ["ok", "failed", "ok"]
+    assert "subject is empty: give the word" in found["r1"][1] and "Entry" not in found["r1"][1]

@@ -38,7 +38,7 @@ def test_every_row_has_its_picture_and_a_second_run_does_nothing(place: Any) -> 
     assert place.do("run", str(table), own=2)[0] == 0
     assert_whole(place, 30)
     executed = place.executed()
-    assert len(executed) == 30 + 10  # two photographs, five prompts
+    assert len(executed) == 30 + 2  # two photographs, each with its five prompts at once
     before = {path: path.stat().st_mtime_ns for path in (place.out / "images").iterdir()}
     assert place.do("run", str(table), own=2)[0] == 0
     assert place.executed() == executed
@@ -211,6 +211,44 @@ def test_a_failed_encoding_fails_its_rows_and_no_others(place: Any) -> None:
     executed = len(place.executed())
     assert "tries 1 again" in place.do("retry", "a")[1]
     assert place.do("run", str(table), own=2)[0] == 1 and len(place.executed()) == executed + 1
+
+
+def test_an_encoding_that_kills_its_server_costs_none_of_those_made_with_it(place: Any) -> None:
+    table = place.table([*rows(20), ["bad", "photo.jpg", "cup", "crash", "1"]])
+    status, output = place.do("run", str(table), own=2)
+    assert status == 1 and "6 subjects of one picture were not encoded together, and are one by one:" in output
+    results = place.results()
+    assert [found["id"] for found in results if found["status"] != "ok"] == ["bad"]
+    assert results[-1]["status"] == "poison" and results[-1]["message"].startswith("its encoding: failed 3 times")
+    ends = [entry for entry in place.journal() if entry["event"] == "end" and entry["task"].startswith("encoding:")]
+    assert [entry["status"] for entry in ends].count("apart") == 6
+    assert [entry["status"] for entry in ends].count("fault") == 3, "charged to the one alone"
+    assert len(place.executed()) == 20 + 2 + 5 + 3
+    assert place.do("run", str(table), own=2)[0] == 1 and len(place.executed()) == 20 + 2 + 5 + 3
+
+
+def test_what_was_to_be_encoded_alone_still_is_when_the_driver_was_killed(place: Any) -> None:
+    table = place.table([[word, "photo.jpg", "cup", f"slow {word}", "1"] for word in ("raise", "red", "blue")])
+    process = place.start("run", str(table), own=1)
+    place.wait(lambda: len(place.executed()) == 2)
+    process.kill()
+    process.communicate()
+    assert place.do("run", str(table), "--only", "encode", own=1)[0] == 1
+    assert len(place.executed()) == 2 + 3, "none of them together again"
+    assert len(list((place.out / "subjects").rglob("*.safetensors"))) == 2
+
+
+def test_what_a_killed_driver_had_encoded_together_is_taken_from_the_server(place: Any) -> None:
+    url, _ = place.server()
+    table = place.table(rows(3, "slow cup"))
+    words = ("run", str(table), "--server", url, "--only", "encode")
+    process = place.start(*words)
+    place.wait(lambda: len(place.executed()) == 1)
+    process.kill()
+    process.communicate()
+    assert place.do(*words)[0] == 0
+    assert len(place.executed()) == 2, "one prompt for each photograph"
+    assert len(list((place.out / "subjects").rglob("*.safetensors"))) == 3
 
 
 def test_a_row_is_tried_again_with_all_its_seeds_or_one(place: Any) -> None:

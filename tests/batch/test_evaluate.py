@@ -222,7 +222,7 @@ def test_the_pictures_file_order_is_that_of_the_graph() -> None:
         def output(self, file: object) -> bytes:
             return content
 
-    job = Job("a", "k", 1, "p", {**WORKFLOW, **MASK_NODES}, (), False, {}, 1.0)
+    job = Job("a", ("k",), 1, "p", {**WORKFLOW, **MASK_NODES}, (), False, {}, 1.0)
     outputs = {name: {"images": [{"filename": f"{name}.png", "type": "output"}]} for name in ("22", "13")}
     worker = Worker(WorkerSpec("w", "http://127.0.0.1:1", None, Patience()))
     made = worker._collect(Files("http://127.0.0.1:1"), job, {"outputs": outputs})

@@ -6,8 +6,11 @@ from typing import Any
 import batch_table
 import pytest
 from batch_process import growth
+from batch_real import small_world
 from batch_rows import many_rows
 from batch_simulated import efficiency, simulated
+
+from workbench.bootstrap import comfyui_path
 
 pytestmark = [pytest.mark.newest]
 
@@ -58,18 +61,25 @@ def test_many_rows_are_half_done_and_gone_on_with(many: dict[str, Any]) -> None:
         assert many[part]["start_s"] > 0 and many[part]["start_cpu_s"] > 0 and many[part]["peak_mb"] > 1
 
 
+@pytest.mark.server
+def test_a_run_gives_the_pixels_of_a_bare_loop() -> None:
+    found = small_world(3, 2, comfyui_path(), None)
+    assert found["same_pixels"] == {"local": 3}
+    assert found["loop"]["s_per_row"] > 0 and found["local"]["s_per_row"] > 0
+
+
 def test_every_part_becomes_a_table(served: dict[str, Any], many: dict[str, Any]) -> None:
     machine = {"cpu": "C", "cores": 2, "python": "3", "ray": "2", "comfyui": "0"}
     memory = {"driver": {"tenth_mb": 30.0, "end_mb": 31.0}, "server": {"tenth_mb": 900.0, "end_mb": 901.0}}
     ways = {"loop": {"s_per_row": 0.5, "memory": {}}, "local": {"s_per_row": 0.6, "memory": memory}}
-    real = {"rows": 6, "steps": 2, "load": 1.0, "same_pixels": 6, **ways}
+    real = {"rows": 6, "steps": 2, "load": 1.0, "same_pixels": {"local": 6}, **ways}
     results = {"machine": machine, "dispatch": {"local": served}, "servers": {"ray": [served]}, "rows": many}
     text = batch_table.markdown({**results, "real": real})
     assert all(f"**{title}" in text for title, _ in batch_table.TABLES.values())
     assert "| this machine | 0.600 | +100 ms | 30 MB, 31 MB | 900 MB, 901 MB |" in text
     for table in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
         assert len({line.count("|") for line in table.splitlines()}) == 1, table
-    assert "6 rows of 2 steps; 6 of them have the same pixels in all ways" in text
+    assert "6 rows of 2 steps. With the loop's pixels: this machine 6." in text
 
 
 def test_the_document_has_the_tables_of_the_results_files() -> None:

@@ -28,7 +28,7 @@ PICTURE_NODES = {"SaveImage"}
 CLASSES = {
     "CheckpointLoaderSimple", "LoadImage", "LoadImageMask", "MoMALoadMLLM", "MoMALoadAdapter", "MoMAExtractSubject",
     "MoMATextEncode", "CLIPTextEncode", "MoMAApplyAdapter", "MoMASelfAttnShortcut", "EmptyLatentImage", "EmptyImage",
-    "KSampler", "VAEDecode", "SaveImage", "MoMASaveSubject", "MoMALoadSubject", "MoMALoadMini",
+    "KSampler", "VAEDecode", "SaveImage", "MoMASaveSubject", "MoMALoadSubject", "MoMALoadMini", "CreateList",
 }  # fmt: skip
 held: list[bytes] = []
 
@@ -98,11 +98,10 @@ class Fake:
                 said = {"status_str": status, "completed": status == "success", "messages": messages}
                 self.history[item[0]] = {"outputs": outputs, "status": said}
 
-    def asks_for(self, word: str, text: str) -> bool:
-        if word not in text:
-            return False
+    def asks_for(self, word: str, texts: list[str]) -> bool:
+        text = next((text for text in texts if word in text), "")
         if f"{word} once" not in text:
-            return True
+            return bool(text)
         try:
             (self.marks / f"{word}-{hashlib.sha256(text.encode()).hexdigest()[:16]}").touch(exist_ok=False)
         except FileExistsError:
@@ -111,9 +110,9 @@ class Fake:
 
     def execute(self, prompt_id: str, graph: dict, extra: dict) -> dict:
         values = [item for node in graph.values() for item in node["inputs"].items() if item[0] != "filename_prefix"]
-        text = " ".join(value for _, value in values if isinstance(value, str))
+        texts = [value for _, value in values if isinstance(value, str)]
         mark = extra.get("extra_pnginfo", {}).get("moma_batch", {})
-        seconds = self.random.lognormvariate(0, 0.5) * self.median + (1 if "slow" in text else 0)
+        seconds = self.random.lognormvariate(0, 0.5) * self.median + self.asks_for("slow", texts)
         if self.log:
             with open(self.log, "a", encoding="utf-8") as file:
                 file.write(
@@ -122,6 +121,8 @@ class Fake:
                             "id": mark.get("id"),
                             "prompt_id": prompt_id,
                             "pid": os.getpid(),
+                            "threads": os.environ.get("OMP_NUM_THREADS"),
+                            "niceness": os.nice(0) if os.name != "nt" else 0,
                             "seconds": seconds,
                             "at": time.time(),
                         }
@@ -134,44 +135,51 @@ class Fake:
             if node["class_type"] == "MoMALoadSubject":
                 name = node["inputs"]["subject_name"].removesuffix(" [input]")
                 (self.input / name).read_bytes()
-        if self.asks_for("hang", text):
+        if self.asks_for("hang", texts):
             seconds = 3600
-        if self.asks_for("crash", text):
+        if self.asks_for("crash", texts):
             os._exit(9)
         if self.stop.wait(seconds):
             raise InterruptedPromptError
-        if self.asks_for("grow", text):
+        if self.asks_for("grow", texts):
             held.append(os.urandom(1 << 10) * (1 << 16))
         for word, node, kind, said in (
             ("raise", "KSampler", "ValueError", "the mask is empty"),
             ("memory", "KSampler", "torch.OutOfMemoryError", "CUDA out of memory"),
             ("full", "SaveImage", "OSError", "[Errno 28] No space left on device"),
         ):
-            if self.asks_for(word, text):
+            if self.asks_for(word, texts):
                 raise NodeError(node, kind, said)
-        return self.save(graph, mark, text)
+        return self.save(graph, mark, texts)
 
-    def save(self, graph: dict, mark: dict, text: str) -> dict:
+    def save(self, graph: dict, mark: dict, texts: list[str]) -> dict:
         outputs = {}
         key = str(mark.get("key") or hashlib.sha256(json.dumps(graph).encode()).hexdigest())
         for name, node in graph.items():
             if node["class_type"] not in (*PICTURE_NODES, "MoMASaveSubject"):
                 continue
-            subfolder, _, stem = node["inputs"]["filename_prefix"].rpartition("/")
             if node["class_type"] == "MoMASaveSubject":
-                subfolder = f"moma_subjects/{subfolder}"
-                pictures = [v["inputs"]["image"] for v in graph.values() if v["class_type"] == "LoadImage"]
-                digest = hashlib.sha256("".join(pictures).encode()).hexdigest()
-                one = self.put(subfolder, f"{stem}_00001_.safetensors", key.encode())
-                other = self.put(subfolder, f"{digest}.pictures", digest.encode() * 100)
-                outputs[name] = {"moma_subjects": [one], "moma_pictures": [other]}
+                outputs[name] = self.save_subjects(graph, node["inputs"]["filename_prefix"])
                 continue
+            subfolder, _, stem = node["inputs"]["filename_prefix"].rpartition("/")
             painted = bytes.fromhex(key) * 6 if len(key) == 64 else bytes(192)
             content = png(painted, 8, {"moma_batch": json.dumps(mark)})
-            if self.asks_for("tear", text):
+            if self.asks_for("tear", texts):
                 content = content[: len(content) // 2]
             outputs[name] = {"images": [self.put(subfolder, f"{stem}_00001_.png", content)]}
         return outputs
+
+    def save_subjects(self, graph: dict, prefix: str | list) -> dict:
+        """One file for each prefix, which may come as a list, and as often the name of the one with their picture."""
+        prefixes = [prefix] if isinstance(prefix, str) else list(graph[prefix[0]]["inputs"].values())
+        pictures = [v["inputs"]["image"] for v in graph.values() if v["class_type"] == "LoadImage"]
+        digest = hashlib.sha256("".join(pictures).encode()).hexdigest()
+        subjects, beside = [], []
+        for one in prefixes:
+            subfolder, _, stem = f"moma_subjects/{one}".rpartition("/")
+            subjects.append(self.put(subfolder, f"{stem}_00001_.safetensors", stem.partition("-")[0].encode()))
+            beside.append(self.put(subfolder, f"{digest}.pictures", digest.encode() * 100))
+        return {"moma_subjects": subjects, "moma_pictures": beside}
 
     def put(self, subfolder: str, name: str, content: bytes) -> dict[str, str]:
         (self.output / subfolder).mkdir(parents=True, exist_ok=True)
