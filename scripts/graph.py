@@ -23,8 +23,9 @@ OPTIONAL_SHAPE = 7
 """How the editor marks a socket that may stay unconnected."""
 APP_OUTPUT = "SaveImage"
 """Nodes whose results the editor's app view shows."""
-RUNS, MUTED = 0, 2
-"""The editor's modes of a node. A muted one stays out of what is queued, and so do the links from it."""
+RUNS, MUTED, BYPASSED = 0, 2, 4
+"""The editor's modes of a node. A muted one stays out of what is queued, and so do the links from it; past a bypassed
+one go its inputs, each to an output of its type."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Node:
         values: By input name: a widget's value, or the `Output` that is connected. Others keep their defaults.
         column: Where it stands; columns run from left to right, nodes in one from top to bottom.
         asks: The widgets that the editor's app view asks for.
-        muted: Whether it opens muted: in sight and wired, for the user to turn on.
+        mode: How it opens; if not `RUNS`, in sight and wired, for the user to turn on.
     """
 
     id: int
@@ -67,7 +68,7 @@ class Node:
     models: Sequence[Model] = ()
     tall: int | None = None
     asks: Sequence[str] = ()
-    muted: bool = False
+    mode: int = RUNS
 
     def out(self, name: str) -> Output:
         """The output of this name."""
@@ -91,7 +92,7 @@ class Graph:
     def add(self, kind: str, column: int, *, id: int | None = None, **values: Any) -> Node:
         """Add a node. Those of the values that are attributes of `Node` are its own, the rest its inputs."""
         number = id if id is not None else max((node.id for node in self.nodes), default=0) + 1
-        own = {key: values.pop(key) for key in ("title", "models", "tall", "asks", "muted") if key in values}
+        own = {key: values.pop(key) for key in ("title", "models", "tall", "asks", "mode") if key in values}
         node = Node(number, kind, column + self.before, values, **own)
         self.nodes.append(node)
         return node
@@ -101,17 +102,24 @@ class Graph:
         texts = [(NOTES / f"{name}.md").read_text(encoding="utf-8").strip() for name in (self.name, *parts)]
         return self.add(NOTE, column, title="How to", tall=height, text="\n\n".join(texts))
 
-    def api(self, info: Json, prefix: str = "", with_muted: bool = False) -> Json:
-        """The prompt as `POST /prompt` takes it; `prefix` comes before every id, muted nodes are in it if asked for."""
+    def api(self, info: Json, prefix: str = "", turned_on: bool = False) -> Json:
+        """The prompt as `POST /prompt` takes it; `prefix` comes before every id.
+
+        Args:
+            turned_on: Whether the nodes that open muted or bypassed are in it.
+        """
         prompt: Json = {}
-        left_out = {node.id for node in self.nodes if node.kind == NOTE or (node.muted and not with_muted)}
+        left_out = {node.id for node in self.nodes if node.kind == NOTE or (node.mode != RUNS and not turned_on)}
         for node in self.nodes:
             if node.id in left_out:
                 continue
             spec = NodeSpec.of(info, node.kind)
             inputs = {w.name: node.values.get(w.name, w.default) for w in spec.widgets if not _linked(node, w.name)}
             for name in spec.order:
-                if _linked(node, name) and (source := node.values[name]).node.id not in left_out:
+                source = node.values[name] if _linked(node, name) else None
+                while source and source.node.id in left_out:
+                    source = _past(source, info)
+                if source:
                     slot = NodeSpec.of(info, source.node.kind).output_slot(source.name)
                     inputs[name] = [f"{prefix}{source.node.id}", slot]
             _check(node, spec)
@@ -137,7 +145,7 @@ class Graph:
 
     def _app(self, info: Json) -> Json:
         """What the editor's app view has of this graph: widgets as (node, name), and nodes with results."""
-        asked = [(node, name) for node in self.nodes for name in node.asks if not node.muted]
+        asked = [(node, name) for node in self.nodes for name in node.asks if node.mode == RUNS]
         for node, name in asked:
             if _linked(node, name) or name not in [widget.name for widget in NodeSpec.of(info, node.kind).widgets]:
                 raise ValueError(f"{node.kind} {node.id}: the app view cannot ask for {name}: it is no widget.")
@@ -244,6 +252,19 @@ def _widget(name: str, type_: str, options_or_type: Any, options: Json) -> Widge
     return Widget(name, type_, default, extra, height)
 
 
+def _past(output: Output, info: Json) -> Output | None:
+    """What comes in place of the output of a node that is off, as the editor finds it; None: nothing."""
+    if output.node.mode != BYPASSED:
+        return None
+    spec = NodeSpec.of(info, output.node.kind)
+    slot = spec.output_slot(output.name)
+    sockets = [
+        name for name, type_, _ in [*spec.sockets[slot : slot + 1], *spec.sockets] if type_ == spec.outputs[slot][1]
+    ]
+    given = output.node.values.get(sockets[0]) if sockets else None
+    return given if isinstance(given, Output) else None
+
+
 def _linked(node: Node, name: str) -> bool:
     return isinstance(node.values.get(name), Output)
 
@@ -299,7 +320,7 @@ class _Drawing:
         spec = self.specs[node.id]
         x, y, height = place
         drawn: Json = {"id": node.id, "type": node.kind, "pos": [x, y], "size": [width, height], "flags": {}}
-        drawn |= {"order": order, "mode": MUTED if node.muted else RUNS}
+        drawn |= {"order": order, "mode": node.mode}
         drawn["inputs"] = [] if node.kind == NOTE else self._inputs(node, spec)
         drawn["outputs"] = [
             {"localized_name": name, "name": name, "type": type_, "links": self._outgoing.get((node.id, slot))}
