@@ -16,6 +16,8 @@ NOTES = Path(__file__).parent / "notes"
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 NOTE = "MarkdownNote"
 GAP, TITLE, TOP = 30, 30, 60
+FRAME, FRAME_TITLE, FRAME_COLOUR = 14, 40, "#3f789e"
+"""Of a group: how far it reaches around its nodes, what its title takes above them, and the editor's own colour."""
 ROW, TEXT, PICTURE, SHOWN_TEXT, PADDING = 24, 110, 220, 50, 16
 SHOW_PICTURES = {"SaveImage", "LoadImage", "MoMASubjectMask", "MoMAExtractSubject", "MoMAContactSheet"}
 SHOW_TEXT = {"MoMATextEncode", "MoMAExtractSubject", "MoMALoadMLLM"}
@@ -82,11 +84,13 @@ class Graph:
     Attributes:
         widths: Of its columns.
         before: How many columns stand before column 0, as -1, -2 and so on.
+        groups: What is written over each column, which is a group; empty: no group.
     """
 
     name: str
     widths: Sequence[int]
     before: int = 0
+    groups: Sequence[str] = ()
     nodes: list[Node] = field(default_factory=list)
 
     def add(self, kind: str, column: int, *, id: int | None = None, **values: Any) -> Node:
@@ -137,7 +141,7 @@ class Graph:
             "last_link_id": len(drawn.links),
             "nodes": drawn.nodes,
             "links": [list(link) for link in drawn.links],
-            "groups": [],
+            "groups": drawn.groups(),
             "config": {},
             "extra": {"ds": {"scale": 0.8, "offset": [30, 60]}, "linearMode": False, "linearData": self._app(info)},
             "version": 0.4,
@@ -288,7 +292,7 @@ class _Drawing:
     """Nodes with places, sizes and numbered links."""
 
     def __init__(self, graph: Graph, info: Json) -> None:
-        self.info = info
+        self.graph, self.info = graph, info
         self.links: list[Link] = []
         self.specs = {node.id: NodeSpec.of(info, node.kind) for node in graph.nodes}
         self._incoming: dict[tuple[int, str], int] = {}
@@ -302,6 +306,24 @@ class _Drawing:
             self._node(node, order, positions[node.id], graph.widths[node.column])
             for order, node in enumerate(graph.nodes)
         ]
+
+    def groups(self) -> list[Json]:
+        """The columns that have a title, each as a group around its nodes."""
+        drawn: list[Json] = []
+        for column, title in enumerate(self.graph.groups):
+            inside = [place for node, place in zip(self.graph.nodes, self.nodes, strict=True) if node.column == column]
+            if title and inside:
+                bottom = max(node["pos"][1] + node["size"][1] for node in inside)
+                top = TOP - TITLE - FRAME_TITLE
+                bounding = [
+                    inside[0]["pos"][0] - FRAME,
+                    top,
+                    self.graph.widths[column] + 2 * FRAME,
+                    bottom + FRAME - top,
+                ]
+                group = {"id": len(drawn) + 1, "title": title, "bounding": bounding, "color": FRAME_COLOUR}
+                drawn.append({**group, "font_size": 24, "flags": {}})
+        return drawn
 
     def input_slot(self, node: Node, name: str) -> int:
         """The number of an input as the editor counts: sockets first, then widgets."""

@@ -45,9 +45,11 @@ BOTH_WORLDS = {"steps": 30, "cfg": 5.0}
 PARTS, SIZE_SLOT = 3, 5
 """Outputs of Load MoMA Checkpoint: first the parts, as of Load Checkpoint, then picture and mask, then the size."""
 WIDTHS = (340, 380, 380, 300, 340)
-PICTURE_WIDTH = 440
+PICTURE_WIDTH = 480
 """Of the column with the user's picture and the note, which has a table."""
 WITH_PICTURE = (PICTURE_WIDTH, *WIDTHS)
+STAGES = ("Load", "Subject", "Prompt and model", "Sample", "Result")
+PICTURE = "Your picture"
 
 
 @dataclass
@@ -67,7 +69,7 @@ class Base:
 
 def try_it() -> Graph:
     """The small world that comes with the pack: one subject, somewhere else and made of something else."""
-    graph = Graph("try_it", WIDTHS)
+    graph = Graph("try_it", WIDTHS, groups=STAGES)
     loader = _loader(graph)
     files = graph.add("MoMALoad", 0, model_name=SMALL.mllm, adapter_name=SMALL.adapter, tall=230)
     graph.add("PreviewImage", 0, images=loader.out("image"), title="The subject", tall=300)
@@ -90,7 +92,7 @@ def try_it() -> Graph:
 
 def simple() -> Graph:
     """One subject and one prompt, in as few nodes as they need."""
-    graph = Graph("simple", WITH_PICTURE, before=1)
+    graph = Graph("simple", WITH_PICTURE, before=1, groups=(PICTURE, *STAGES))
     loader = _loader(graph)
     _your_picture(graph, loader)
     files = graph.add("MoMALoad", 0, model_name=SMALL.mllm, adapter_name=SMALL.adapter)
@@ -116,7 +118,7 @@ def new_texture() -> Graph:
 
 def from_subject() -> Graph:
     """A saved subject, without the language model."""
-    graph = Graph("from_subject", (340, PICTURE_WIDTH, *WIDTHS[2:]))
+    graph = Graph("from_subject", (340, PICTURE_WIDTH, *WIDTHS[2:]), groups=("Load", "", *STAGES[2:]))
     base = _small(graph, _loader(graph, asks=()), mllm=False)
     loaded = graph.add("MoMALoadSubject", 0, id=5, subject_name=SAVED, asks=("subject_name",))
     base.subject = loaded.out("subject")
@@ -129,7 +131,7 @@ def from_subject() -> Graph:
 
 def auto_mask() -> Graph:
     """The mask of the user's picture comes from background removal."""
-    graph = Graph("auto_mask", WITH_PICTURE, before=1)
+    graph = Graph("auto_mask", WITH_PICTURE, before=1, groups=(PICTURE, *STAGES))
     loader = _loader(graph)
     image = graph.add("LoadImage", -1, image="example.png", mode=MUTED, title="Your picture (unmute all three: Ctrl+M)")
     remover = graph.add(
@@ -161,6 +163,7 @@ def auto_mask() -> Graph:
 def two_subjects() -> Graph:
     """Two subjects, each in its half of the picture."""
     graph = Graph("two_subjects", (PICTURE_WIDTH, 340, 380, 300, 340, 380, 300, 340), before=1)
+    graph.groups = ("Your pictures", "Load", "Subjects", "Regions", "Prompts", "Model", "Sample", "Result")
     loader = _loader(graph)
     base = _small(graph, loader)
     _your_picture(graph, loader, "Your cup (unmute: Ctrl+M; paint the mask here)")
@@ -219,6 +222,7 @@ def two_subjects() -> Graph:
 def pose() -> Graph:
     """A ControlNet says how the subject stands."""
     graph = Graph("pose", (PICTURE_WIDTH, 340, 380, 380, 340, 300, 340), before=1)
+    graph.groups = (PICTURE, *STAGES[:3], "Pose: select the three, Ctrl+B", *STAGES[3:])
     loader = _loader(graph, example="striped robot")
     _your_picture(graph, loader)
     base = _small(graph, loader)
@@ -253,7 +257,7 @@ def pose() -> Graph:
 
 def style_lora() -> Graph:
     """A LoRA gives the style, MoMA the subject."""
-    graph = Graph("style_lora", WITH_PICTURE, before=1)
+    graph = Graph("style_lora", WITH_PICTURE, before=1, groups=(PICTURE, *STAGES))
     loader = _loader(graph)
     _your_picture(graph, loader)
     base = _small(graph, loader)
@@ -280,6 +284,7 @@ def style_lora() -> Graph:
 def hires_fix() -> Graph:
     """A second pass in twice the size."""
     graph = Graph("hires_fix", (PICTURE_WIDTH, 340, 380, 380, 300, 300, 340), before=1)
+    graph.groups = (PICTURE, *STAGES[:3], "First pass", "Second pass", "Result")
     loader = _loader(graph)
     base = _small(graph, loader)
     _your_picture(graph, loader)
@@ -304,6 +309,7 @@ def hires_fix() -> Graph:
 def prompts() -> Graph:
     """Several prompts for one subject in one run."""
     graph = Graph("prompts", (PICTURE_WIDTH, 340, 380, 380, 380, 300, 240, 340), before=1)
+    graph.groups = (PICTURE, "Load", "Subject", "Model", "Prompts", "Sample", "Decode", "Results")
     loader = _loader(graph)
     base = _small(graph, loader)
     _your_picture(graph, loader)
@@ -331,6 +337,7 @@ def prompts() -> Graph:
 def strength_study() -> Graph:
     """One sheet over strength and weight."""
     graph = Graph("strength_study", (PICTURE_WIDTH, 340, 380, 380, 620), before=1)
+    graph.groups = (PICTURE, "Load", "Subject", "Prompt and study", "Sheet")
     loader = _loader(graph)
     base = _small(graph, loader)
     _your_picture(graph, loader)
@@ -462,7 +469,7 @@ def for_photographs(prompt: Json) -> Json:
 
 
 def _one_subject(name: str, prompt: str, strength: float) -> Graph:
-    graph = Graph(name, WITH_PICTURE, before=1)
+    graph = Graph(name, WITH_PICTURE, before=1, groups=(PICTURE, *STAGES))
     loader = _loader(graph)
     _your_picture(graph, loader)
     base = _small(graph, loader)
