@@ -73,7 +73,7 @@ def nodes(editor: Editor) -> None:
         editor.page.evaluate(
             """kind => {
                 // Not cleared: a new node with an old node's id would show that one's values.
-                for (const old of [...app.graph.nodes]) app.graph.remove(old)
+                for (const old of [...app.graph.nodes, ...app.graph.groups]) app.graph.remove(old)
                 const node = LiteGraph.createNode(kind)
                 node.pos = [100, 100]
                 app.graph.add(node)
