@@ -14,6 +14,7 @@ from ..moma_modules.download.release import ADAPTER_NAME, FOLDER
 from ..moma_modules.host.folders import OWN_ADAPTER, OWN_MLLM, user_folder
 from ..moma_modules.host.messages import run_id, show_text
 from ..moma_modules.host.pictures import coverage, what_was_seen
+from ..moma_modules.mini.choices import example_in
 from ..moma_modules.mllm.entries import Question, executing_entry, note_entry
 from ..moma_modules.mllm.hidden_state_cache import HIDDEN_STATES, HiddenStateCache
 from ..moma_modules.mllm.loading import Mllm
@@ -191,6 +192,12 @@ class _Entry:
                 f"{ADAPTER_NAME}) or, with the small checkpoint, both of the pack ({OWN_MLLM} and {OWN_ADAPTER})."
             )
         references = prepare_references(image, mask, fit, mask_threshold, adapter.reference_size)
+        if adapter.reference_size > image.shape[1] and (example := example_in(image)):
+            raise ValueError(
+                f"image is {example!r}, the example of Load MoMA Checkpoint for the small checkpoint, and adapter "
+                f"{adapter.name} takes pictures of {adapter.reference_size}x{adapter.reference_size}. For photographs "
+                "unmute the Load Image before that loader (select it, Ctrl+M) or connect one, and paint the mask there."
+            )
         kept = HiddenStateCache(user_folder(HIDDEN_STATES)) if cache else None
         return cls(word, prompt, draw, references, kept)
 

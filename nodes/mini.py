@@ -6,9 +6,16 @@ import torch
 from comfy_api.latest import io
 
 from ..moma_modules.host.folders import embedding_folders
+from ..moma_modules.host.messages import warn
 from ..moma_modules.mini.checkpoint import load_checkpoint
 from ..moma_modules.mini.choices import checkpoint_names, checkpoint_path, example_names, load_example
 from .types import CATEGORY
+
+DRAWS = (
+    "MoMA: ckpt_name in Load MoMA Checkpoint is a small checkpoint, which knows drawings of a few things on a plain "
+    "ground, and it is given a picture. For a photograph choose an SD1.5 checkpoint there, and MoMA's release in the "
+    "other loaders."
+)
 
 
 class LoadMini(io.ComfyNode):
@@ -94,6 +101,8 @@ class LoadMini(io.ComfyNode):
                 "mask is connected, but image is not: connect the picture that it belongs to, both from one Load Image."
             )
         loaded = load_checkpoint(checkpoint_path(ckpt_name), embedding_folders())
+        if image is not None and loaded.small:
+            warn(DRAWS)
         if image is not None and mask is None:
             mask = torch.zeros(image.shape[:3])
         elif image is None and loaded.small:

@@ -69,6 +69,21 @@ class Editor:
         )
         self.page.wait_for_timeout(1000)
 
+    def open_template(self, pack: str, name: str) -> None:
+        """Open a template of a pack from the template browser, by clicks."""
+        self.page.evaluate(
+            """() => {
+                for (const node of app.graph.nodes) node.momaBefore = true
+                return app.extensionManager.command.execute('Comfy.BrowseTemplates')
+            }"""
+        )
+        self.page.get_by_role("dialog").get_by_text(pack, exact=True).click()
+        self.page.get_by_test_id(f"template-workflow-{name}").click()
+        opened = "() => app.graph.nodes.length && !app.graph.nodes.some(node => node.momaBefore)"
+        self.page.wait_for_function(opened, timeout=WAIT)
+        self.page.wait_for_timeout(500)
+        self.close_dialogs()
+
     def add_by_search(self, text: str) -> None:
         """Empty the graph and add the node that the search finds first, as a double-click on the canvas does."""
         self.page.evaluate("() => window.app.graph.clear()")
@@ -207,6 +222,7 @@ class Editor:
         script = """([kinds, margin]) => {
             const canvas = window.app.canvas, nodes = window.app.graph.nodes
             const boxes = nodes.filter(n => !kinds.length || kinds.includes(n.type)).map(n => n.getBounding())
+            if (!kinds.length) boxes.push(...window.app.graph.groups.map(g => g._bounding ?? g.boundingRect))
             const left = Math.min(...boxes.map(b => b[0])), top = Math.min(...boxes.map(b => b[1]))
             const right = Math.max(...boxes.map(b => b[0] + b[2])), bottom = Math.max(...boxes.map(b => b[1] + b[3]))
             const area = document.querySelector('#graph-canvas').getBoundingClientRect()

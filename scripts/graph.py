@@ -16,6 +16,8 @@ NOTES = Path(__file__).parent / "notes"
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 NOTE = "MarkdownNote"
 GAP, TITLE, TOP = 30, 30, 60
+FRAME, FRAME_TITLE, FRAME_COLOUR = 14, 40, "#3f789e"
+"""Of a group: how far it reaches around its nodes, what its title takes above them, and the editor's own colour."""
 ROW, TEXT, PICTURE, SHOWN_TEXT, PADDING = 24, 110, 220, 50, 16
 SHOW_PICTURES = {"SaveImage", "LoadImage", "MoMASubjectMask", "MoMAExtractSubject", "MoMAContactSheet"}
 SHOW_TEXT = {"MoMATextEncode", "MoMAExtractSubject", "MoMALoadMLLM"}
@@ -23,8 +25,9 @@ OPTIONAL_SHAPE = 7
 """How the editor marks a socket that may stay unconnected."""
 APP_OUTPUT = "SaveImage"
 """Nodes whose results the editor's app view shows."""
-RUNS, MUTED = 0, 2
-"""The editor's modes of a node. A muted one stays out of what is queued, and so do the links from it."""
+RUNS, MUTED, BYPASSED = 0, 2, 4
+"""The editor's modes of a node. A muted one stays out of what is queued, and so do the links from it; past a bypassed
+one go its inputs, each to an output of its type."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Node:
         values: By input name: a widget's value, or the `Output` that is connected. Others keep their defaults.
         column: Where it stands; columns run from left to right, nodes in one from top to bottom.
         asks: The widgets that the editor's app view asks for.
-        muted: Whether it opens muted: in sight and wired, for the user to turn on.
+        mode: How it opens; if not `RUNS`, in sight and wired, for the user to turn on.
     """
 
     id: int
@@ -67,7 +70,7 @@ class Node:
     models: Sequence[Model] = ()
     tall: int | None = None
     asks: Sequence[str] = ()
-    muted: bool = False
+    mode: int = RUNS
 
     def out(self, name: str) -> Output:
         """The output of this name."""
@@ -81,17 +84,19 @@ class Graph:
     Attributes:
         widths: Of its columns.
         before: How many columns stand before column 0, as -1, -2 and so on.
+        groups: What is written over each column, which is a group; empty: no group.
     """
 
     name: str
     widths: Sequence[int]
     before: int = 0
+    groups: Sequence[str] = ()
     nodes: list[Node] = field(default_factory=list)
 
     def add(self, kind: str, column: int, *, id: int | None = None, **values: Any) -> Node:
         """Add a node. Those of the values that are attributes of `Node` are its own, the rest its inputs."""
         number = id if id is not None else max((node.id for node in self.nodes), default=0) + 1
-        own = {key: values.pop(key) for key in ("title", "models", "tall", "asks", "muted") if key in values}
+        own = {key: values.pop(key) for key in ("title", "models", "tall", "asks", "mode") if key in values}
         node = Node(number, kind, column + self.before, values, **own)
         self.nodes.append(node)
         return node
@@ -101,17 +106,24 @@ class Graph:
         texts = [(NOTES / f"{name}.md").read_text(encoding="utf-8").strip() for name in (self.name, *parts)]
         return self.add(NOTE, column, title="How to", tall=height, text="\n\n".join(texts))
 
-    def api(self, info: Json, prefix: str = "", with_muted: bool = False) -> Json:
-        """The prompt as `POST /prompt` takes it; `prefix` comes before every id, muted nodes are in it if asked for."""
+    def api(self, info: Json, prefix: str = "", turned_on: bool = False) -> Json:
+        """The prompt as `POST /prompt` takes it; `prefix` comes before every id.
+
+        Args:
+            turned_on: Whether the nodes that open muted or bypassed are in it.
+        """
         prompt: Json = {}
-        left_out = {node.id for node in self.nodes if node.kind == NOTE or (node.muted and not with_muted)}
+        left_out = {node.id for node in self.nodes if node.kind == NOTE or (node.mode != RUNS and not turned_on)}
         for node in self.nodes:
             if node.id in left_out:
                 continue
             spec = NodeSpec.of(info, node.kind)
             inputs = {w.name: node.values.get(w.name, w.default) for w in spec.widgets if not _linked(node, w.name)}
             for name in spec.order:
-                if _linked(node, name) and (source := node.values[name]).node.id not in left_out:
+                source = node.values[name] if _linked(node, name) else None
+                while source and source.node.id in left_out:
+                    source = _past(source, info)
+                if source:
                     slot = NodeSpec.of(info, source.node.kind).output_slot(source.name)
                     inputs[name] = [f"{prefix}{source.node.id}", slot]
             _check(node, spec)
@@ -129,7 +141,7 @@ class Graph:
             "last_link_id": len(drawn.links),
             "nodes": drawn.nodes,
             "links": [list(link) for link in drawn.links],
-            "groups": [],
+            "groups": drawn.groups(),
             "config": {},
             "extra": {"ds": {"scale": 0.8, "offset": [30, 60]}, "linearMode": False, "linearData": self._app(info)},
             "version": 0.4,
@@ -137,7 +149,7 @@ class Graph:
 
     def _app(self, info: Json) -> Json:
         """What the editor's app view has of this graph: widgets as (node, name), and nodes with results."""
-        asked = [(node, name) for node in self.nodes for name in node.asks if not node.muted]
+        asked = [(node, name) for node in self.nodes for name in node.asks if node.mode == RUNS]
         for node, name in asked:
             if _linked(node, name) or name not in [widget.name for widget in NodeSpec.of(info, node.kind).widgets]:
                 raise ValueError(f"{node.kind} {node.id}: the app view cannot ask for {name}: it is no widget.")
@@ -244,6 +256,19 @@ def _widget(name: str, type_: str, options_or_type: Any, options: Json) -> Widge
     return Widget(name, type_, default, extra, height)
 
 
+def _past(output: Output, info: Json) -> Output | None:
+    """What comes in place of the output of a node that is off, as the editor finds it; None: nothing."""
+    if output.node.mode != BYPASSED:
+        return None
+    spec = NodeSpec.of(info, output.node.kind)
+    slot = spec.output_slot(output.name)
+    sockets = [
+        name for name, type_, _ in [*spec.sockets[slot : slot + 1], *spec.sockets] if type_ == spec.outputs[slot][1]
+    ]
+    given = output.node.values.get(sockets[0]) if sockets else None
+    return given if isinstance(given, Output) else None
+
+
 def _linked(node: Node, name: str) -> bool:
     return isinstance(node.values.get(name), Output)
 
@@ -267,7 +292,7 @@ class _Drawing:
     """Nodes with places, sizes and numbered links."""
 
     def __init__(self, graph: Graph, info: Json) -> None:
-        self.info = info
+        self.graph, self.info = graph, info
         self.links: list[Link] = []
         self.specs = {node.id: NodeSpec.of(info, node.kind) for node in graph.nodes}
         self._incoming: dict[tuple[int, str], int] = {}
@@ -281,6 +306,24 @@ class _Drawing:
             self._node(node, order, positions[node.id], graph.widths[node.column])
             for order, node in enumerate(graph.nodes)
         ]
+
+    def groups(self) -> list[Json]:
+        """The columns that have a title, each as a group around its nodes."""
+        drawn: list[Json] = []
+        for column, title in enumerate(self.graph.groups):
+            inside = [place for node, place in zip(self.graph.nodes, self.nodes, strict=True) if node.column == column]
+            if title and inside:
+                bottom = max(node["pos"][1] + node["size"][1] for node in inside)
+                top = TOP - TITLE - FRAME_TITLE
+                bounding = [
+                    inside[0]["pos"][0] - FRAME,
+                    top,
+                    self.graph.widths[column] + 2 * FRAME,
+                    bottom + FRAME - top,
+                ]
+                group = {"id": len(drawn) + 1, "title": title, "bounding": bounding, "color": FRAME_COLOUR}
+                drawn.append({**group, "font_size": 24, "flags": {}})
+        return drawn
 
     def input_slot(self, node: Node, name: str) -> int:
         """The number of an input as the editor counts: sockets first, then widgets."""
@@ -299,7 +342,7 @@ class _Drawing:
         spec = self.specs[node.id]
         x, y, height = place
         drawn: Json = {"id": node.id, "type": node.kind, "pos": [x, y], "size": [width, height], "flags": {}}
-        drawn |= {"order": order, "mode": MUTED if node.muted else RUNS}
+        drawn |= {"order": order, "mode": node.mode}
         drawn["inputs"] = [] if node.kind == NOTE else self._inputs(node, spec)
         drawn["outputs"] = [
             {"localized_name": name, "name": name, "type": type_, "links": self._outgoing.get((node.id, slot))}

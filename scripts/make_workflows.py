@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from comfyui_source import ROOT
-from graph import Json, dump
+from graph import RUNS, Json, dump
 from inside import comfyui_inside
 from workflow_specs import PERSONALIZE, WORKFLOWS, for_photographs, new_context, personalize
 
@@ -21,10 +21,10 @@ def files(info: Json) -> dict[Path, str]:
         graph = describe()
         written[ROOT / "workflows" / f"{graph.name}.json"] = dump(graph.ui(info))
         written[API / f"{graph.name}.json"] = dump(graph.api(info))
-        if any(node.muted for node in graph.nodes):
-            prompt = for_photographs(graph.api(info, with_muted=True))
+        if any(node.mode != RUNS for node in graph.nodes):
+            prompt = for_photographs(graph.api(info, turned_on=True))
             written[API / "photographs" / f"{graph.name}.json"] = dump(prompt)
-    rows = for_rows(for_photographs(new_context().api(info, with_muted=True)))
+    rows = for_rows(for_photographs(new_context().api(info, turned_on=True)))
     written[ROOT / "moma_batch" / "default.json"] = dump(rows)
     written[ROOT / "moma_batch" / "small_world.json"] = dump(in_small_world(rows))
     graph, inputs, outputs = personalize()

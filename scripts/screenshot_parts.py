@@ -10,18 +10,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from browser import SETTINGS, WINDOW, Editor, open_browser, open_editor
 from comfyui_source import ROOT
 from PIL import Image
 from shown import note
-from thumbnails import TITLES, take_thumbnails, thumbnail
+from thumbnails import take_thumbnails
 
 DOCS, HELP = ROOT / "docs" / "images", ROOT / "web" / "docs" / "images"
 PHOTO = ROOT / "workbench" / "photo" / "photo_masked.png"
 RUN = 1_800_000
 LISTED = (
-    "checkpoints/v1-5-pruned-emaonly-fp16.safetensors",
     "controlnet/control_v11p_sd15_openpose_fp16.safetensors",
     "background_removal/birefnet.safetensors",
     "loras/style.safetensors",
@@ -51,15 +49,13 @@ def _shrink(target: Path, width: int) -> None:
 
 
 def workflows(editor: Editor) -> None:
-    """Every workflow as it opens, which is the thumbnail of those that the small world cannot run."""
+    """Every workflow as it opens."""
     for path in sorted((ROOT / "workflows").glob("*.json")):
         if path.stem == "try_it":
             continue
         editor.load(workflow(path.stem), path.stem)
         editor.close_dialogs()
         take(editor, DOCS / f"{path.stem}.png")
-        if path.stem not in TITLES:
-            thumbnail(DOCS / f"{path.stem}.png", path.with_suffix(".jpg"))
 
 
 def try_it(editor: Editor) -> None:
@@ -77,7 +73,7 @@ def nodes(editor: Editor) -> None:
         editor.page.evaluate(
             """kind => {
                 // Not cleared: a new node with an old node's id would show that one's values.
-                for (const old of [...app.graph.nodes]) app.graph.remove(old)
+                for (const old of [...app.graph.nodes, ...app.graph.groups]) app.graph.remove(old)
                 const node = LiteGraph.createNode(kind)
                 node.pos = [100, 100]
                 app.graph.add(node)
@@ -170,20 +166,6 @@ THUMBNAILS = "thumbnails"
 """A part that needs no editor."""
 
 
-def save_cup(folder: Path) -> None:
-    """A saved subject, for the loader to show."""
-    import torch
-    from comfyui_moma.moma_modules.subject.file import save_subject
-    from comfyui_moma.moma_modules.subject.subject import Subject
-
-    photo = Image.open(PHOTO).resize((512, 512))
-    pixels = torch.from_numpy(np.array(photo.convert("RGB")))
-    mask = torch.from_numpy(np.array(photo.getchannel("A")) == 0)
-    folder.mkdir(parents=True, exist_ok=True)
-    subject = Subject(torch.zeros(1, 1024), "cup", "A cup on a beach.", pixels[None], mask[None], "0" * 64)
-    save_subject(subject, folder / "cup_00001_.safetensors")
-
-
 def take_all(comfyui: Path, chosen: list[str]) -> None:
     """Take the pictures of the chosen parts, see `PARTS`; of all parts where none is chosen."""
     from workbench.bootstrap import bootstrap
@@ -202,9 +184,7 @@ def take_all(comfyui: Path, chosen: list[str]) -> None:
                 (server.base / "models" / name).touch()
             server.post("/settings", SETTINGS)
             if not chosen or THUMBNAILS in chosen:
-                take_thumbnails(server)  # These save a subject of that name.
-            else:
-                save_cup(server.output / "moma_subjects")
+                take_thumbnails(server)
             with open_browser() as browser, open_editor(browser, server.address) as editor:
                 for name in chosen or PARTS:
                     if name != THUMBNAILS:

@@ -18,6 +18,23 @@ PREVIEWS = {
     "preview_live": "MoMAApplyAdapter",
 }
 """Pictures of one node after a run."""
+THUMBNAILS = {
+    "new_context": "New context",
+    "simple": "One subject, one prompt",
+    "new_texture": "New texture",
+    "two_subjects": "Two subjects, each with its region",
+    "hires_fix": "A second pass at twice the size",
+    "prompts": "Several prompts in one run",
+    "from_subject": "From a saved subject, without the language model",
+    "strength_study": "Strength study",
+    "auto_mask": "Automatic mask: BiRefNet is off until you turn it on",
+    "pose": "Pose: the ControlNet is off until you turn it on",
+    "style_lora": "Style: the LoRA is off until you turn it on",
+    "try_it": "Try it: nothing to download",
+}
+"""The template browser's pictures, of runs, and what is written over them."""
+TRAINED = "weights/trained.json"
+"""What says that the small world's weights are others."""
 HELP_PAGE = "web/docs/MoMASelfAttnShortcut.md"
 
 
@@ -35,6 +52,10 @@ def sources(root: Path = ROOT) -> dict[str, str]:
     single = {name: json.dumps(node, sort_keys=True) for name, node in nodes.items()}
     texts |= {f"web/docs/images/{name}.png": [node] for name, node in single.items()}
     texts |= {f"docs/images/{name}.png": [single[kind]] for name, kind in PREVIEWS.items()}
+    trained = (root / TRAINED).read_text("utf-8")
+    for name, title in THUMBNAILS.items():
+        queued = _queued(root / "tests" / "api" / f"{name}.json")
+        texts[f"workflows/{name}.jpg"] = [title, queued, trained]
     return {name: _digest(parts) for name, parts in sorted(texts.items())}
 
 
@@ -56,6 +77,12 @@ def _graph(path: Path) -> str:
     workflow = json.loads(path.read_text("utf-8"))
     nodes = [{key: value for key, value in node.items() if key != "properties"} for node in workflow["nodes"]]
     return json.dumps([nodes, workflow["links"], workflow.get("groups")], sort_keys=True)
+
+
+def _queued(path: Path) -> str:
+    """What of a prompt makes its pictures: not the titles of its nodes."""
+    prompt = json.loads(path.read_text("utf-8"))
+    return json.dumps({name: [node["class_type"], node["inputs"]] for name, node in prompt.items()}, sort_keys=True)
 
 
 def _digest(parts: Iterable[str]) -> str:

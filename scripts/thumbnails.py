@@ -1,7 +1,4 @@
-"""The template browser's pictures of the workflows.
-
-Of those that the small world can run: the subject, and what comes of it. Of the others: the graph.
-"""
+"""The template browser's pictures of the workflows: the subject, and what comes of it in the small world."""
 
 import io
 import json
@@ -9,28 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from comfyui_source import ROOT
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from shown import THUMBNAILS, note
 
 SIZE = (768, 512)
-TITLES = {
-    "new_context": "New context",
-    "simple": "One subject, one prompt",
-    "new_texture": "New texture",
-    "two_subjects": "Two subjects, each with its region",
-    "hires_fix": "A second pass at twice the size",
-    "prompts": "Several prompts in one run",
-    "from_subject": "From a saved subject, without the language model",
-    "strength_study": "Strength study",
-    "try_it": "Try it: nothing to download",
-}
-"""In the order in which they are run: the first saves the subject that from_subject loads."""
-
 _GROUND, _INK, _EDGE, _LINE = (24, 24, 24), (230, 230, 230), 16, 26
 
 
 def take_thumbnails(server: Any) -> None:
     """Run each through the server and write its picture into workflows/."""
-    for name, title in TITLES.items():
+    for name, title in THUMBNAILS.items():
         prompt = json.loads((ROOT / "tests" / "api" / f"{name}.json").read_text("utf-8"))
         run = server.run(prompt)
         saved = [node for node, content in prompt.items() if content["class_type"] == "SaveImage"]
@@ -41,21 +26,19 @@ def take_thumbnails(server: Any) -> None:
         _write(ROOT / "workflows" / f"{name}.jpg", title, parts if whole else [*_examples(prompt), *parts])
 
 
-def thumbnail(picture: Path, target: Path) -> None:
-    """A picture of a graph on a canvas of the thumbnails' shape."""
-    image = Image.open(picture).convert("RGB")
-    image.thumbnail(SIZE, Image.Resampling.LANCZOS)
-    canvas = Image.new("RGB", SIZE, _GROUND)
-    canvas.paste(image, ((SIZE[0] - image.width) // 2, (SIZE[1] - image.height) // 2))
-    canvas.save(target, quality=85)
-    print(f"Wrote {target.relative_to(ROOT)}", flush=True)
-
-
 def _examples(prompt: dict[str, Any]) -> list[tuple[str, Image.Image]]:
-    """The pictures that the small world's loaders give."""
+    """The pictures that the small world's loaders give, each with its mask in a corner."""
     names = [node["inputs"]["example"] for node in prompt.values() if node["class_type"] == "MoMALoadMini"]
     files = [ROOT / "weights" / "examples" / f"{name.replace(' ', '_')}.png" for name in names]
-    return [("The subject", Image.open(file).convert("RGB")) for file in files]
+    return [("The subject and its mask", _with_mask(Image.open(file).convert("RGBA"))) for file in files]
+
+
+def _with_mask(picture: Image.Image) -> Image.Image:
+    """A picture that is transparent where its subject is; that in white."""
+    shown, side = picture.convert("RGB"), picture.width // 3
+    mask = ImageOps.invert(picture.getchannel("A").resize((side, side), Image.Resampling.LANCZOS)).convert("RGB")
+    shown.paste(ImageOps.expand(mask, 1, _INK), (picture.width - side - 2, picture.height - side - 2))
+    return shown
 
 
 def _asked(prompt: dict[str, Any], node: str) -> str:
@@ -87,4 +70,5 @@ def _write(target: Path, title: str, parts: list[tuple[str, Image.Image]]) -> No
         canvas.paste(shown, (left, upper))
         draw.text((left, upper + shown.height + 4), words, _INK, ImageFont.load_default(15))
     canvas.save(target, quality=85)
+    note(target)
     print(f"Wrote {target.relative_to(ROOT)}", flush=True)

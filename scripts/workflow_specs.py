@@ -3,13 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from graph import BlueprintText, Graph, Json, Model, Node, Output, Port
-
-CHECKPOINT = Model(
-    "v1-5-pruned-emaonly-fp16.safetensors",
-    "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/v1-5-pruned-emaonly-fp16.safetensors",
-    "checkpoints",
-)
+from graph import BYPASSED, MUTED, BlueprintText, Graph, Json, Model, Node, Output, Port
 
 
 @dataclass(frozen=True)
@@ -21,11 +15,12 @@ class Files:
     adapter: str
 
 
-# The adapter is without an address: no editor downloads a `.th`, and ComfyUI 0.16's would call it missing even where it
-# is.
-RELEASED = Files(CHECKPOINT.name, "MoMA_llava_7b", "MoMA_llava_7b/attn_adapters_projectors.th")
+RELEASED = Files("v1-5-pruned-emaonly-fp16.safetensors", "MoMA_llava_7b", "MoMA_llava_7b/attn_adapters_projectors.th")
 SMALL = Files("moma_mini.safetensors", "moma_mini_llava", "moma_mini_adapter.safetensors")
-"""These come with the pack."""
+"""These come with the pack, and so does a subject of them."""
+SMALL_SIDE = 128
+"""Pixels, across and down, of what they draw."""
+SAVED = "striped_cup.safetensors"
 
 OPENPOSE = Model(
     "control_v11p_sd15_openpose_fp16.safetensors",
@@ -41,6 +36,7 @@ BIREFNET = Model(
 BEACH = "A cup on a beach."
 PAINT = "Load Image (paint the mask here)"
 YOURS = "Your picture (unmute: Ctrl+M; paint the mask here)"
+"""Titles of nodes that open muted say how to turn them on, and so do those of bypassed ones."""
 LEARNT = {"steps": 50, "cfg": 7.5}
 """As in the paper."""
 SAMPLING = {"seed": 1, **LEARNT, "sampler_name": "ddim", "scheduler": "ddim_uniform"}
@@ -49,9 +45,11 @@ BOTH_WORLDS = {"steps": 30, "cfg": 5.0}
 PARTS, SIZE_SLOT = 3, 5
 """Outputs of Load MoMA Checkpoint: first the parts, as of Load Checkpoint, then picture and mask, then the size."""
 WIDTHS = (340, 380, 380, 300, 340)
-PICTURE_WIDTH = 440
+PICTURE_WIDTH = 480
 """Of the column with the user's picture and the note, which has a table."""
 WITH_PICTURE = (PICTURE_WIDTH, *WIDTHS)
+STAGES = ("Load", "Subject", "Prompt and model", "Sample", "Result")
+PICTURE = "Your picture"
 
 
 @dataclass
@@ -71,7 +69,7 @@ class Base:
 
 def try_it() -> Graph:
     """The small world that comes with the pack: one subject, somewhere else and made of something else."""
-    graph = Graph("try_it", WIDTHS)
+    graph = Graph("try_it", WIDTHS, groups=STAGES)
     loader = _loader(graph)
     files = graph.add("MoMALoad", 0, model_name=SMALL.mllm, adapter_name=SMALL.adapter, tall=230)
     graph.add("PreviewImage", 0, images=loader.out("image"), title="The subject", tall=300)
@@ -94,7 +92,7 @@ def try_it() -> Graph:
 
 def simple() -> Graph:
     """One subject and one prompt, in as few nodes as they need."""
-    graph = Graph("simple", WITH_PICTURE, before=1)
+    graph = Graph("simple", WITH_PICTURE, before=1, groups=(PICTURE, *STAGES))
     loader = _loader(graph)
     _your_picture(graph, loader)
     files = graph.add("MoMALoad", 0, model_name=SMALL.mllm, adapter_name=SMALL.adapter)
@@ -120,9 +118,9 @@ def new_texture() -> Graph:
 
 def from_subject() -> Graph:
     """A saved subject, without the language model."""
-    graph = Graph("from_subject", (340, PICTURE_WIDTH, *WIDTHS[2:]))
+    graph = Graph("from_subject", (340, PICTURE_WIDTH, *WIDTHS[2:]), groups=("Load", "", *STAGES[2:]))
     base = _small(graph, _loader(graph, asks=()), mllm=False)
-    loaded = graph.add("MoMALoadSubject", 0, id=5, subject_name="cup_00001_.safetensors", asks=("subject_name",))
+    loaded = graph.add("MoMALoadSubject", 0, id=5, subject_name=SAVED, asks=("subject_name",))
     base.subject = loaded.out("subject")
     encoded = _encode(base, asks=("prompt",))
     _patch(base)
@@ -132,20 +130,30 @@ def from_subject() -> Graph:
 
 
 def auto_mask() -> Graph:
-    """The mask comes from background removal."""
-    graph = Graph("auto_mask", (340, PICTURE_WIDTH, *WIDTHS[2:]))
-    base = _released(graph)
-    image = _picture(graph)
-    remover = graph.add("LoadBackgroundRemovalModel", 0, bg_removal_name=BIREFNET.name, models=[BIREFNET])
+    """The mask of the user's picture comes from background removal."""
+    graph = Graph("auto_mask", WITH_PICTURE, before=1, groups=(PICTURE, *STAGES))
+    loader = _loader(graph)
+    image = graph.add("LoadImage", -1, image="example.png", mode=MUTED, title="Your picture (unmute all three: Ctrl+M)")
+    remover = graph.add(
+        "LoadBackgroundRemovalModel",
+        -1,
+        bg_removal_name=BIREFNET.name,
+        models=[BIREFNET],
+        mode=MUTED,
+        title="BiRefNet (a download; unmute: Ctrl+M)",
+    )
     removed = graph.add(
         "RemoveBackground",
-        1,
+        -1,
         bg_removal_model=remover.out("bg_model"),
         image=image.out("IMAGE"),
-        title="Subject's mask",
+        mode=MUTED,
+        title="Its subject's mask (unmute: Ctrl+M)",
     )
-    _extract(base, image.out("IMAGE"), removed.out("mask"), BEACH)
-    graph.note(1, 520, "files")
+    loader.values |= {"image": image.out("IMAGE"), "mask": removed.out("mask")}
+    base = _small(graph, loader)
+    _extract(base, loader.out("image"), loader.out("mask"), BEACH, save=False)
+    graph.note(-1, 760, "files", "switch_auto_mask")
     encoded = _encode(base)
     _patch(base)
     _sample(base, encoded, "auto_mask")
@@ -155,6 +163,7 @@ def auto_mask() -> Graph:
 def two_subjects() -> Graph:
     """Two subjects, each in its half of the picture."""
     graph = Graph("two_subjects", (PICTURE_WIDTH, 340, 380, 300, 340, 380, 300, 340), before=1)
+    graph.groups = ("Your pictures", "Load", "Subjects", "Regions", "Prompts", "Model", "Sample", "Result")
     loader = _loader(graph)
     base = _small(graph, loader)
     _your_picture(graph, loader, "Your cup (unmute: Ctrl+M; paint the mask here)")
@@ -212,15 +221,24 @@ def two_subjects() -> Graph:
 
 def pose() -> Graph:
     """A ControlNet says how the subject stands."""
-    graph = Graph("pose", (340, PICTURE_WIDTH, 380, 340, 300, 340))
-    base = _released(graph)
-    image = _picture(graph, title=PAINT)
-    _extract(base, image.out("IMAGE"), image.out("MASK"), "A teddy bear dancing in a park.", word="teddy bear")
-    graph.note(1, 560, "files")
+    graph = Graph("pose", (PICTURE_WIDTH, 340, 380, 380, 340, 300, 340), before=1)
+    graph.groups = (PICTURE, *STAGES[:3], "Pose: select the three, Ctrl+B", *STAGES[3:])
+    loader = _loader(graph, example="striped robot")
+    _your_picture(graph, loader)
+    base = _small(graph, loader)
+    _extract(base, loader.out("image"), loader.out("mask"), "A robot on a meadow.", word="robot", save=False)
+    _how_to(graph)
     positive, negative = _encode(base)
     _patch(base)
-    net = graph.add("ControlNetLoader", 3, control_net_name=OPENPOSE.name, models=[OPENPOSE])
-    pose_image = _picture(graph, 3, title="Pose (an OpenPose skeleton)")
+    net = graph.add(
+        "ControlNetLoader",
+        3,
+        control_net_name=OPENPOSE.name,
+        models=[OPENPOSE],
+        mode=BYPASSED,
+        title="ControlNet (a download; turn on: Ctrl+B)",
+    )
+    pose_image = graph.add("LoadImage", 3, image="example.png", mode=BYPASSED, title="Pose (turn on: Ctrl+B)")
     applied = graph.add(
         "ControlNetApplyAdvanced",
         3,
@@ -229,16 +247,20 @@ def pose() -> Graph:
         control_net=net.out("CONTROL_NET"),
         image=pose_image.out("IMAGE"),
         strength=0.8,
+        mode=BYPASSED,
+        title="Apply ControlNet (turn on: Ctrl+B)",
     )
     conditioning = (applied.out("positive"), applied.out("negative"))
-    _sample(base, conditioning, "pose", size=(512, 768), columns=(4, 5))
+    _sample(base, conditioning, "pose", columns=(4, 5))
     return graph
 
 
 def style_lora() -> Graph:
     """A LoRA gives the style, MoMA the subject."""
-    graph = Graph("style_lora", (340, PICTURE_WIDTH, *WIDTHS[2:]))
-    base = _released(graph)
+    graph = Graph("style_lora", WITH_PICTURE, before=1, groups=(PICTURE, *STAGES))
+    loader = _loader(graph)
+    _your_picture(graph, loader)
+    base = _small(graph, loader)
     lora = graph.add(
         "LoraLoader",
         0,
@@ -247,12 +269,12 @@ def style_lora() -> Graph:
         lora_name="style.safetensors",
         strength_model=0.8,
         strength_clip=0.8,
-        title="Load LoRA (your SD1.5 style)",
+        mode=BYPASSED,
+        title="Your SD1.5 style (turn on: Ctrl+B)",
     )
     base.model, base.clip = lora.out("MODEL"), lora.out("CLIP")
-    image = _picture(graph, title=PAINT)
-    _extract(base, image.out("IMAGE"), image.out("MASK"), "A watercolour painting of a cup on a table.")
-    graph.note(1, 520, "files")
+    _extract(base, loader.out("image"), loader.out("mask"), BEACH, save=False)
+    _how_to(graph)
     encoded = _encode(base)
     _patch(base, strength=0.6)
     _sample(base, encoded, "style_lora")
@@ -262,6 +284,7 @@ def style_lora() -> Graph:
 def hires_fix() -> Graph:
     """A second pass in twice the size."""
     graph = Graph("hires_fix", (PICTURE_WIDTH, 340, 380, 380, 300, 300, 340), before=1)
+    graph.groups = (PICTURE, *STAGES[:3], "First pass", "Second pass", "Result")
     loader = _loader(graph)
     base = _small(graph, loader)
     _your_picture(graph, loader)
@@ -286,6 +309,7 @@ def hires_fix() -> Graph:
 def prompts() -> Graph:
     """Several prompts for one subject in one run."""
     graph = Graph("prompts", (PICTURE_WIDTH, 340, 380, 380, 380, 300, 240, 340), before=1)
+    graph.groups = (PICTURE, "Load", "Subject", "Model", "Prompts", "Sample", "Decode", "Results")
     loader = _loader(graph)
     base = _small(graph, loader)
     _your_picture(graph, loader)
@@ -313,6 +337,7 @@ def prompts() -> Graph:
 def strength_study() -> Graph:
     """One sheet over strength and weight."""
     graph = Graph("strength_study", (PICTURE_WIDTH, 340, 380, 380, 620), before=1)
+    graph.groups = (PICTURE, "Load", "Subject", "Prompt and study", "Sheet")
     loader = _loader(graph)
     base = _small(graph, loader)
     _your_picture(graph, loader)
@@ -360,7 +385,9 @@ WORKFLOWS = (
 
 PERSONALIZE = BlueprintText(
     "MoMA personalize",
-    "Picture, mask, word and prompt in; a new picture of that subject out (MoMA).",
+    "Picture, mask, word and prompt in; a new picture of that subject out (MoMA). It starts with the small models that "
+    "come with the pack and, without a picture, with their example; for photographs choose your SD1.5 checkpoint, "
+    "MoMA_llava_7b and its adapter, and 512 for width and height.",
     "Personalization",
 )
 
@@ -368,26 +395,18 @@ PERSONALIZE = BlueprintText(
 def personalize() -> tuple[Graph, list[Port], list[Port]]:
     """The blueprint: the graph inside, what its node takes and what it gives."""
     graph = Graph("personalize", WIDTHS)
-    base = _released(graph)
-    extract = graph.add(
-        "MoMAExtractSubject",
-        1,
-        mllm=base.named["mllm"].out("mllm"),
-        adapter=base.adapter.out("adapter"),
-        image=OUTSIDE,
-        subject="cup",
-        prompt=BEACH,
-    )
-    base.subject = extract.out("subject")
+    loader = _loader(graph, asks=())
+    base = _small(graph, loader)
+    extract = _extract(base, loader.out("image"), loader.out("mask"), BEACH, save=False).node
     encoded = _encode(base)
     _patch(base)
-    sampler = _sampler(base, encoded, 3, _canvas(base, 3))
+    sampler = _sampler(base, encoded, 3, _canvas(base, 3, (SMALL_SIDE, SMALL_SIDE)))
     decoded = graph.add("VAEDecode", 3, samples=sampler.out("LATENT"), vae=base.vae)
     mask = graph.add("MoMASubjectMask", 4, model=base.model, latent=sampler.out("LATENT"))
     canvas = next(node for node in graph.nodes if node.kind == "EmptyLatentImage")
     inputs = [
-        Port("image", [(extract, "image")]),
-        Port("mask", [(extract, "mask")]),
+        Port("image", [(loader, "image")]),
+        Port("mask", [(loader, "mask")]),
         Port("subject", [(extract, "subject")]),
         Port("prompt", [(extract, "prompt")]),
         Port("strength", [(base.named["shortcut"], "strength")]),
@@ -408,15 +427,11 @@ def personalize() -> tuple[Graph, list[Port], list[Port]]:
     return graph, inputs, outputs
 
 
-OUTSIDE = object()
-"""Marks an input that the blueprint's own input is connected to."""
-
-
 def for_photographs(prompt: Json) -> Json:
     """An API prompt of a workflow that starts in the small world, for who has no editor to switch it.
 
     Args:
-        prompt: With its muted nodes.
+        prompt: With the nodes that it opens without.
 
     Returns:
         The same with the released weights and the paper's settings, its pictures straight from Load Image, so that
@@ -441,8 +456,11 @@ def for_photographs(prompt: Json) -> Json:
         if node["class_type"] == "KSampler":  # A second pass keeps its own steps.
             inputs |= LEARNT if inputs["denoise"] == 1 else {"cfg": LEARNT["cfg"]}
         made[name] = {**node, "inputs": inputs}
+        title = node["_meta"]["title"].split(" (")[0]
         if node["class_type"] == "LoadImage":
-            made[name]["_meta"] = {"title": PAINT}
+            title = PAINT if "paint" in node["_meta"]["title"] else title
+        if "Ctrl+" in node["_meta"]["title"]:
+            made[name]["_meta"] = {"title": title}
     for name in loaders:
         made[name] |= {"class_type": "CheckpointLoaderSimple", "_meta": {"title": "Load Checkpoint"}}
         made[name]["inputs"] = {"ckpt_name": RELEASED.checkpoint}
@@ -451,7 +469,7 @@ def for_photographs(prompt: Json) -> Json:
 
 
 def _one_subject(name: str, prompt: str, strength: float) -> Graph:
-    graph = Graph(name, WITH_PICTURE, before=1)
+    graph = Graph(name, WITH_PICTURE, before=1, groups=(PICTURE, *STAGES))
     loader = _loader(graph)
     _your_picture(graph, loader)
     base = _small(graph, loader)
@@ -473,7 +491,7 @@ def _loader(graph: Graph, **values: Any) -> Node:
 
 def _your_picture(graph: Graph, loader: Node, title: str = YOURS) -> None:
     """Where the user's own picture comes in, when it is turned on."""
-    picture = graph.add("LoadImage", -1, image="example.png", muted=True, title=title)
+    picture = graph.add("LoadImage", -1, image="example.png", mode=MUTED, title=title)
     loader.values |= {"image": picture.out("IMAGE"), "mask": picture.out("MASK")}
 
 
@@ -491,19 +509,6 @@ def _small(graph: Graph, loader: Node, mllm: bool = True) -> Base:
     named = {"mllm": graph.add("MoMALoadMLLM", 0, model_name=SMALL.mllm)} if mllm else {}
     own_id = None if mllm else 4
     return _base(graph, loader, graph.add("MoMALoadAdapter", 0, id=own_id, adapter_name=SMALL.adapter), named)
-
-
-def _released(graph: Graph) -> Base:
-    """All loaders of a composed workflow that needs a downloaded file in any case."""
-    checkpoint = graph.add("CheckpointLoaderSimple", 0, ckpt_name=RELEASED.checkpoint, models=[CHECKPOINT])
-    mllm = graph.add("MoMALoadMLLM", 0, model_name=RELEASED.mllm)
-    adapter = graph.add("MoMALoadAdapter", 0, adapter_name=RELEASED.adapter)
-    outputs = (checkpoint.out("MODEL"), checkpoint.out("CLIP"), checkpoint.out("VAE"))
-    return Base(graph, checkpoint, adapter, *outputs, named={"mllm": mllm})
-
-
-def _picture(graph: Graph, column: int = 0, **values: Any) -> Node:
-    return graph.add("LoadImage", column, image="example.png", asks=("image",), **values)
 
 
 def _extract(base: Base, image: Output, mask: Output, prompt: str, word: str = "cup", save: bool = True) -> Output:
@@ -588,8 +593,7 @@ def _sample(
     base: Base,
     encoded: tuple[Output, Output],
     name: str,
-    size: tuple[int, int] | None = None,
     columns: tuple[int, int] = (3, 4),
 ) -> None:
-    sampler = _sampler(base, encoded, columns[0], _canvas(base, columns[0], size))
+    sampler = _sampler(base, encoded, columns[0], _canvas(base, columns[0]))
     _decode(base, sampler, name, *columns)

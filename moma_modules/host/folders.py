@@ -28,6 +28,7 @@ def register_folders() -> None:
     folder_paths.add_model_folder_path(MODELS, str(OWN_WEIGHTS))
     folder_paths.add_model_folder_path(SUBJECTS, os.path.join(folder_paths.get_output_directory(), SUBJECTS))
     folder_paths.add_model_folder_path(SUBJECTS, os.path.join(folder_paths.models_dir, SUBJECTS))
+    folder_paths.add_model_folder_path(SUBJECTS, str(OWN_WEIGHTS / "subjects"))
     for key, suffixes in _SUFFIXES.items():
         paths, known = folder_paths.folder_names_and_paths[key]
         folder_paths.folder_names_and_paths[key] = (paths, set(known) | suffixes)

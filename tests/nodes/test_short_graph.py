@@ -1,5 +1,7 @@
 """Load MoMA and Apply MoMA Subject: what the single nodes do, in fewer of them."""
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,25 @@ def test_a_saved_subject_needs_its_adapter(model: Any, adapter: Any, subject: An
 def test_a_subject_is_the_same_one_with_and_without_its_adapter(adapter: Any, subject: Any) -> None:
     own = replace(subject, adapter=adapter)
     assert own.key == subject.key and own == own and "adapter=" not in repr(own)
+
+
+def test_an_adapter_leaves_memory_with_the_last_subject_that_has_it(
+    model: Any, subject: Any, parts: dict[str, Any]
+) -> None:
+    """Also after a run, whose results are kept for the next one."""
+    loaded = tiny_adapter()
+    own = replace(subject, adapter=loaded)
+    patched, positive, _ = ApplySubject.execute(
+        model, subject=own, prompt=PROMPT, strength=1.0, weight=1.0, **parts
+    ).args
+    sample(patched, positive, negative())
+    held = weakref.ref(loaded.module)
+    del loaded, patched, positive
+    gc.collect()
+    assert held() is not None
+    del own
+    gc.collect()
+    assert held() is None
 
 
 @pytest.mark.parametrize("order", [1, -1])

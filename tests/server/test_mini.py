@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from comfy_cli.workflow_to_api import convert_ui_to_api
 from PIL import Image
+from safetensors import safe_open
 from workflow_files import STARTS_SMALL, api, workflow
 
 from workbench import ROOT
@@ -24,6 +26,9 @@ RELEASED = {
     "MoMALoadAdapter": {"adapter_name": "MoMA_llava_7b/attn_adapters_projectors.th"},
 }
 """What the loaders choose for photographs."""
+
+AS_NEW_CONTEXT = ("auto_mask", "style_lora")
+"""What opens with a graph as new_context's, but for a strength and the saved subject."""
 
 TEMPLATE: dict[str, Any] = json.loads((ROOT / "tests" / "api" / "try_it.json").read_text("utf-8"))
 
@@ -88,7 +93,7 @@ def test_noise_and_one_colour_are_no_pictures() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STARTS_SMALL)
+@pytest.mark.parametrize("name", [*(name for name in STARTS_SMALL if name not in AS_NEW_CONTEXT), "from_subject"])
 def test_the_first_run_of_a_template_succeeds(server: ComfyServer, name: str) -> None:
     """As it opens, with no file installed and nothing changed."""
     found = pictures(server, api(name))
@@ -102,12 +107,18 @@ def test_the_first_run_of_a_template_succeeds(server: ComfyServer, name: str) ->
         assert sky[2] > sky[0] + 20 and sand[0] > sand[2] + 20  # blue above, yellow below: a beach
 
 
-@pytest.mark.slow
-def test_a_saved_subject_needs_one_run_before(server: ComfyServer) -> None:
-    """Which its refusal says, and which new_context is."""
+def test_the_subject_of_the_pack_is_what_its_weights_make(server: ComfyServer) -> None:
+    """After a change of weights run scripts/example_subject.py."""
     server.run(few_steps(api("new_context")))
-    (picture,) = pictures(server, api("from_subject")).values()
-    assert is_a_picture(picture)
+    made = max((server.output / "moma_subjects").glob("*.safetensors"))
+    with (
+        safe_open(made, "pt") as fresh,
+        safe_open(ROOT / "weights" / "subjects" / "striped_cup.safetensors", "pt") as own,
+    ):
+        assert own.metadata() == fresh.metadata()
+        for name in ("images", "masks"):
+            assert torch.equal(own.get_tensor(name), fresh.get_tensor(name))
+        assert torch.allclose(own.get_tensor("embedding"), fresh.get_tensor("embedding"), rtol=0.02, atol=0.02)
 
 
 def few_steps(prompt: dict[str, Any]) -> dict[str, Any]:
@@ -138,6 +149,7 @@ def test_a_picture_that_is_unmuted_takes_the_examples_place(server: ComfyServer,
     (of_file,), (of_example,) = pictures(server, own).values(), pictures(server, same).values()
     assert np.array_equal(of_file, of_example)
     assert not np.array_equal(of_file, *pictures(server, few_steps(api(name))).values())
+    assert "MoMA: ckpt_name in Load MoMA Checkpoint is a small checkpoint, which knows drawings" in server.log()
 
 
 def test_a_picture_without_a_painted_mask_is_refused_with_a_way_out(server: ComfyServer) -> None:
@@ -153,19 +165,40 @@ def with_released(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfySer
     folder = tmp_path_factory.mktemp("models") / "MoMA_llava_7b"
     adapter_file(llava_folder(folder))
     with ComfyServer(comfyui_path(), tmp_path_factory.mktemp("both"), {"moma/MoMA_llava_7b": folder}) as started:
+        started.add_input(ROOT / "workbench" / "photo" / "photo_masked.png")
         yield started
 
 
-def test_the_released_files_with_the_small_checkpoint_are_refused(with_released: ComfyServer) -> None:
-    for name, kind in (("simple", "MoMAApplySubject"), ("new_context", "MoMAApplyAdapter")):
-        prompt = few_steps(api(name))
-        for node in prompt.values():
-            node["inputs"] |= RELEASED.get(node["class_type"], {})
-        with pytest.raises(
-            ExecutionFailedError, match=r"Choose what belongs together: an SD1\.5 checkpoint"
-        ) as failure:
-            with_released.run(prompt)
-        assert failure.value.node_type == kind
+def released(prompt: dict[str, Any], *pictures: bool) -> dict[str, Any]:
+    """The prompt with the released files but for the checkpoint, and a photograph for some of its loaders."""
+    prompt["photo"] = {"class_type": "LoadImage", "inputs": {"image": "photo_masked.png"}, "_meta": {"title": ""}}
+    loaders = [node for node in prompt.values() if node["class_type"] == "MoMALoadMini"]
+    for node, given in zip(loaders, pictures, strict=True):
+        node["inputs"] |= {"image": ["photo", 0], "mask": ["photo", 1]} if given else {}
+    for node in prompt.values():
+        node["inputs"] |= RELEASED.get(node["class_type"], {})
+    return few_steps(prompt)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("simple", "MoMAApplySubject"), ("new_context", "MoMAApplyAdapter")])
+def test_the_released_files_with_the_small_checkpoint_are_refused(
+    with_released: ComfyServer, name: str, kind: str
+) -> None:
+    with pytest.raises(ExecutionFailedError, match=r"Choose what belongs together: an SD1\.5 checkpoint") as failure:
+        with_released.run(released(api(name), True))
+    assert failure.value.node_type == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "left"), [("simple", (False,), "striped cup"), ("two_subjects", (True, False), "checked bag")]
+)
+def test_an_example_is_no_photograph(with_released: ComfyServer, name: str, given: tuple[bool, ...], left: str) -> None:
+    """Of the picture that was left muted."""
+    message = (
+        rf"^MoMAExtractSubject: image is '{left}', the example of .* takes pictures of 512x512\. For photographs unmute"
+    )
+    with pytest.raises(ExecutionFailedError, match=message):
+        with_released.run(released(api(name), *given))
 
 
 @pytest.mark.parametrize("kind", ["MoMALoadMLLM", "MoMALoadAdapter"])

@@ -38,13 +38,16 @@ pytestmark = pytest.mark.server
 DATA = ROOT / "tests" / "data"
 Workflows = Callable[[str], tuple[Prompt, Run]]
 OF_WHOLE_SD15 = ("pose",)
-NEEDS = {
-    "auto_mask": {"CheckpointLoaderSimple", "LoadBackgroundRemovalModel"},
-    "pose": {"CheckpointLoaderSimple", "ControlNetLoader"},
-    "style_lora": {"CheckpointLoaderSimple"},
+DOWNLOADS = {"auto_mask": {"LoadBackgroundRemovalModel"}, "pose": {"ControlNetLoader"}}
+"""Workflows with a part that needs a download, and the nodes that tell the editor of it."""
+ADDED = {
+    "auto_mask": ("LoadBackgroundRemovalModel", "RemoveBackground"),
+    "pose": ("ControlNetLoader", "ControlNetApplyAdvanced"),
+    "style_lora": ("LoraLoader",),
 }
-"""Workflows that need a download in any case, and the nodes that tell the editor of it."""
-MUTED = 2
+"""What opens off beside the user's picture."""
+RUNS, MUTED, BYPASSED = 0, 2, 4
+"""Modes of a node."""
 OUTPUTS = ("SaveImage", "MoMASubjectMask", "MoMASaveSubject")
 
 
@@ -104,7 +107,7 @@ def pictures(server: ComfyServer, prompt: Prompt, run: Run, kind: str = "SaveIma
 
 
 def made_small(name: str, steps: int = 1) -> Prompt:
-    """A workflow in the small world, but where a file for the whole SD1.5 is loaded beside it; with the photograph."""
+    """A workflow with all its nodes in the small world, but where a file for the whole SD1.5 is loaded beside it."""
     prompt = photographs(name) if name in STARTS_SMALL else api(name)
     return small(prompt if name in OF_WHOLE_SD15 else in_small_world(prompt), steps=steps)
 
@@ -154,25 +157,27 @@ def test_notes_packs_and_downloads_are_in_the_files() -> None:
                 # What the editor's list of files has: it calls others missing.
                 assert model["name"].endswith(".safetensors")
         with_models = {node["type"] for node in nodes if node["properties"].get("models")}
-        assert with_models == NEEDS.get(name, set())
+        assert with_models == DOWNLOADS.get(name, set())
+        assert all(node["mode"] != RUNS for node in nodes if node["properties"].get("models"))
         (note,) = [node["widgets_values"][0] for node in nodes if node["type"] == "MarkdownNote"]
         assert ("attn_adapters_projectors.th" in note) == (name != "try_it")  # what it takes for photographs
 
 
 def test_what_starts_in_the_small_world_is_for_photographs_after_three_choices() -> None:
     """Its twin for photographs has other files, and the picture straight from Load Image; nothing else is lost."""
-    assert sorted([*STARTS_SMALL, *NEEDS, "try_it", "from_subject"]) == NAMES
+    assert sorted([*STARTS_SMALL, "try_it", "from_subject"]) == NAMES
     for name in STARTS_SMALL:
         nodes = {str(node["id"]): node for node in workflow(name)["nodes"]}
-        muted = {number for number, node in nodes.items() if node["mode"] == MUTED}
-        assert muted and {nodes[number]["type"] for number in muted} == {"LoadImage"}
-        assert all("unmute: Ctrl+M" in nodes[number]["title"] for number in muted)
+        off = {number: node for number, node in nodes.items() if node["mode"] != RUNS}
+        keys = {MUTED: "Ctrl+M", BYPASSED: "Ctrl+B"}
+        assert all(keys[node["mode"]] in node["title"] for node in off.values())
+        assert {node["type"] for node in off.values()} == {"LoadImage", *ADDED.get(name, ())}
         own, twin = api(name), photographs(name)
-        assert set(twin) - set(own) == muted and "moma_mini" not in str(twin)
+        assert set(twin) - set(own) == set(off) and "moma_mini" not in str(twin) and "Ctrl" not in str(twin)
         gone = {own[number]["class_type"] for number in set(own) - set(twin)}
         assert gone <= {"MoMALoadMini"}
         assert {node["class_type"] for node in twin.values()} ^ {node["class_type"] for node in own.values()} == {
-            *("MoMALoadMini", "CheckpointLoaderSimple", "LoadImage")
+            *("MoMALoadMini", "CheckpointLoaderSimple", "LoadImage", *ADDED.get(name, ()))
         }
 
 
@@ -228,9 +233,8 @@ def test_an_extra_changes_the_picture(server: ComfyServer, ran: Workflows, name:
 def test_the_blueprint_gives_what_new_context_gives(server: ComfyServer, first: tuple[Prompt, Run]) -> None:
     prompt: Prompt = json.loads((API / "blueprint" / "personalize.json").read_text(encoding="utf-8"))
     prompt["2"] = {"class_type": "LoadImage", "inputs": {"image": "photo_masked.png"}, "_meta": {"title": ""}}
-    (extract,) = [node for node in prompt.values() if node["class_type"] == "MoMAExtractSubject"]
     (decode,) = [name for name, node in prompt.items() if node["class_type"] == "VAEDecode"]
-    extract["inputs"] |= {"image": ["2", 0], "mask": ["2", 1]}
+    inputs(prompt, "MoMALoadMini").update(image=["2", 0], mask=["2", 1])
     prompt["3"] = {"class_type": "SaveImage", "inputs": {"images": [decode, 0], "filename_prefix": "b"}, "_meta": {}}
     found = pictures(server, prompt, server.run(small(in_small_world(prompt))))
     assert np.array_equal(found[0], pictures(server, *first)[0])

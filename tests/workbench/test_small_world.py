@@ -3,14 +3,12 @@
 from typing import Any
 
 import pytest
-from workflow_files import NAMES, STARTS_SMALL, api, photographs
+from workflow_files import STARTS_SMALL, photographs
 
 from workbench.small_world import CFG, CHECKPOINT, in_small_world
 
 pytestmark = pytest.mark.newest
-FOR_PHOTOGRAPHS = {name: photographs(name) for name in STARTS_SMALL} | {
-    name: api(name) for name in NAMES if name not in (*STARTS_SMALL, "try_it", "from_subject")
-}
+FOR_PHOTOGRAPHS = {name: photographs(name) for name in STARTS_SMALL}
 
 
 def links(prompt: dict[str, Any]) -> set[tuple[str, str, str, int]]:
