@@ -49,7 +49,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     began = time.monotonic()
     lines = measure(options)
-    lines.insert(2, f"Made by `python3 training/agreement.py` in {(time.monotonic() - began) / 60:.0f} minutes.")
+    lines[2:2] = [f"Made by `python3 training/agreement.py` in {(time.monotonic() - began) / 60:.0f} minutes.", ""]
     from comfyui_moma.training.agreement_page import placed
 
     page = options.docs / "quality.md"

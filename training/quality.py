@@ -11,7 +11,7 @@ import os
 import random
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +115,23 @@ def main() -> None:
         return Row.of("painted, not drawn", [read for each in asked for read in world.painted(*each)])
 
     everyone = range(options.subjects)
+    curves = {
+        "New context, by strength": ("place", [context(f"{s:g}", Variant(strength=s)) for s in STRENGTHS]),
+        "New texture, by strength": ("material", [texture(f"{s:g}", Variant(strength=s)) for s in STRENGTHS]),
+    }
+
+    def compared(title: str, strength: float) -> Row:
+        """What the other rows of a table are to be held against: MoMA on their subjects."""
+        (row,) = (row for row in curves[title][1] if row.name == f"{strength:g}")
+        return replace(row, name=f"**MoMA**, the first {few}")
+
     tables = {
         "New context (strength 1.0)": (
             "place",
             [
                 context("**MoMA**", Variant(), options.subjects),
                 painted([(i, where, None) for i in everyone for where in places[i]]),
+                compared("New context, by strength", 1.0),
                 context("the prompt alone", Variant(plain=True)),
                 context("without image tokens", Variant(image_tokens=False)),
                 context("without the shortcut", Variant(shortcut=False)),
@@ -141,15 +152,12 @@ def main() -> None:
             [
                 texture("**MoMA**", Variant(strength=0.4), options.subjects),
                 painted([(i, None, what) for i in everyone for what in MATERIALS]),
+                compared("New texture, by strength", 0.4),
                 texture("the prompt alone", Variant(plain=True)),
                 texture("without image tokens", Variant(image_tokens=False, strength=0.4)),
                 texture("language model not shown the prompt", Variant(told=False, strength=0.4)),
             ],
         ),
-    }
-    curves = {
-        "New context, by strength": ("place", [context(f"{s:g}", Variant(strength=s)) for s in STRENGTHS]),
-        "New texture, by strength": ("material", [texture(f"{s:g}", Variant(strength=s)) for s in STRENGTHS]),
     }
     _draw_curves(options.docs / CURVES, curves)
     shown = []
@@ -204,7 +212,7 @@ def _page(
         f"![Eight subjects: reference, in two places, of a material]({SHEET})",
         "",
         f"{options.subjects} subjects that training never saw, each from one reference on plain paper, {options.seeds} "
-        f"seeds a prompt (the other rows: {options.few} of them); 20 steps, `ddim`, CFG 4.",
+        f"seeds a prompt (the other rows: the first {options.few} of them); 20 steps, `ddim`, CFG 4.",
         "",
         f"- *Found*: the subject's own reference is the nearest of all {options.subjects} by what a probe reads: "
         "class, colours, pattern, shape. The probe learnt from pictures of its own.",
