@@ -23,7 +23,7 @@ THUMBNAILS = {
     "simple": "One subject, one prompt",
     "new_texture": "New texture",
     "two_subjects": "Two subjects, each with its region",
-    "hires_fix": "A second pass at twice the size",
+    "hires_fix": "A second pass at 1.5 times the size",
     "prompts": "Several prompts in one run",
     "from_subject": "From a saved subject, without the language model",
     "strength_study": "Strength study",

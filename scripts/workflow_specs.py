@@ -282,7 +282,7 @@ def style_lora() -> Graph:
 
 
 def hires_fix() -> Graph:
-    """A second pass in twice the size."""
+    """A second pass at one and a half times the size."""
     graph = Graph("hires_fix", (PICTURE_WIDTH, 340, 380, 380, 300, 300, 340), before=1)
     graph.groups = (PICTURE, *STAGES[:3], "First pass", "Second pass", "Result")
     loader = _loader(graph)
@@ -298,8 +298,8 @@ def hires_fix() -> Graph:
         4,
         samples=small.out("LATENT"),
         upscale_method="bislerp",
-        scale_by=2.0,
-        title="Twice the size",
+        scale_by=1.5,
+        title="1.5 times the size",
     )
     second = _sampler(base, encoded, 4, large.out("LATENT"), denoise=0.4, steps=30, title="Second pass", asks=())
     _decode(base, second, "hires_fix", 4, 5)
