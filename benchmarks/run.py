@@ -18,11 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = [str(ROOT / name) for name in ("benchmarks", "scripts")]
 sys.path[:0] = FOLDERS
 
-from comfyui_source import SetupError, add_workbench
-from setup_env import environment
+from inside import comfyui_inside
 from table import NAMES, rows, text_table
-
-INSIDE = "COMFYUI_MOMA_BENCHMARK"
 
 
 class WorkerError(Exception):
@@ -70,7 +67,6 @@ def work(options: argparse.Namespace, cases: list[tuple[str, str]]) -> dict[str,
 
 def run_inside(options: argparse.Namespace) -> dict[str, Any]:
     """With ComfyUI's Python: all parts, one process after another."""
-    add_workbench()
     import torch
     from parts import PARTS, SHARED
     from plan import plan_for
@@ -109,13 +105,7 @@ def write(path: Path, results: dict[str, Any], names: Sequence[str] = tuple(NAME
 def main() -> None:
     """Set up, then go on inside ComfyUI's Python."""
     options = parse_arguments()
-    if not os.environ.get(INSIDE):
-        try:
-            found = environment()
-        except SetupError as error:
-            sys.exit(f"error: {error}")
-        variables = {**found.variables(), INSIDE: "1"}
-        sys.exit(subprocess.run([found.python, __file__, *sys.argv[1:]], env=variables, check=False).returncode)
+    comfyui_inside(__file__)
     try:
         results = run_inside(options)
     except WorkerError as error:

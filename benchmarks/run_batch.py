@@ -7,7 +7,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = [str(ROOT / name) for name in ("benchmarks", "scripts")]
 sys.path[:0] = FOLDERS
 
-from comfyui_source import SetupError
-from setup_env import RAY, ensure_ray, environment
-
-INSIDE = "COMFYUI_MOMA_BENCHMARK"
+from inside import comfyui_inside
+from setup_env import RAY, ensure_ray
 
 
 @dataclass(frozen=True)
@@ -106,13 +103,8 @@ def machine() -> dict[str, Any]:
 def main() -> None:
     """Set up, then go on inside ComfyUI's Python; results are written after each part."""
     options = parse_arguments()
-    if not os.environ.get(INSIDE):
-        try:
-            found = environment()
-        except SetupError as error:
-            sys.exit(f"error: {error}")
-        variables = {**found.variables(), INSIDE: "1", "PYTHONPATH": os.pathsep.join(FOLDERS)}
-        sys.exit(subprocess.run([found.python, __file__, *sys.argv[1:]], env=variables, check=False).returncode)
+    os.environ["PYTHONPATH"] = os.pathsep.join(FOLDERS)
+    comfyui_inside(__file__)
     from run import write
 
     results: dict[str, Any] = {"machine": machine(), "plan": "quick" if options.quick else "full"}

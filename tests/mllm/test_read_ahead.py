@@ -5,6 +5,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import comfy.utils
 import numpy as np
 import pytest
 import torch
-from comfyui_moma.moma_modules.mllm import read_ahead
+from comfyui_moma.moma_modules.mllm import loading, read_ahead
 from comfyui_moma.moma_modules.mllm.checkpoint import read_checkpoint
 from comfyui_moma.moma_modules.mllm.encode import forward, looks, subject_hidden_state
 from comfyui_moma.moma_modules.mllm.loading import LoadedMllm, Mllm, load_checkpoint, load_mllm
@@ -68,6 +69,11 @@ class Seen:
         with self.changed:
             self.places.append(part.data_ptr())
             self.changed.notify_all()
+
+    def waits_for_more(self, before: int = 0) -> bool:
+        """Whether more than so many tensors have been or are being read."""
+        with self.changed:
+            return self.changed.wait_for(lambda: len(self.places) > before, AT_MOST)
 
     def waits_for(self, tensor: torch.Tensor) -> bool:
         """Whether the beginning of a tensor has been or is being read."""
@@ -136,10 +142,20 @@ def test_no_number_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("plan", [Plan("fp8", torch.float32, ""), Plan(None, torch.bfloat16, "", cast_once=True)])
-def test_the_next_weights_are_read_while_one_is_packed_or_cast(folder: Path, read: Seen, plan: Plan) -> None:
-    """While the weights are loaded; the look after that finds all in RAM and reads nothing."""
+def test_the_next_weights_are_read_while_one_is_packed_or_cast(
+    folder: Path, read: Seen, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the weights are loaded, of which each waits for that; the look after it finds all in RAM, reads nothing."""
+    fill = loading._fill
+    found: list[bool] = []
+
+    def waiting(*given: Any) -> None:
+        found.append(all(found) and read.waits_for_more())
+        fill(*given)
+
+    monkeypatch.setattr(loading, "_fill", waiting)
     model = loaded(folder, plan)
-    assert read.places
+    assert found and all(found)
     read.places.clear()
     look(model)
     assert not read.places
@@ -151,6 +167,9 @@ def test_only_what_is_not_on_the_card_is_read(folder: Path, read: Seen, budget: 
         model = loaded(folder, Plan(None, torch.bfloat16, ""), CARD)
         model.patcher.partially_load(CARD, budget)
         before = len(read.places)
+        if budget < 1:
+            late = model.module.vision.encoder.layers[1]
+            late.register_forward_pre_hook(lambda *_: read.waits_for_more(before) and None)
         look(model)
         on_cpu = [weight for layer in model.module.layers() for weight in layer.parameters() if weight.device == CPU]
         assert bool(on_cpu) == (budget < 1)
@@ -164,11 +183,16 @@ def test_an_error_is_told_and_costs_nothing_else(
     caplog.set_level(logging.WARNING, "comfyui_moma")
     expected = look(loaded(folder))
 
+    failed = threading.Event()
+
     def fail(_: torch.Tensor) -> None:
+        failed.set()
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(read_ahead, "look_at", fail)
-    assert torch.equal(look(loaded(folder)), expected)
+    model = loaded(folder)
+    model.module.vision.encoder.layers[1].register_forward_pre_hook(lambda *_: failed.wait(AT_MOST) and None)
+    assert torch.equal(look(model), expected)
     assert caplog.text.count("weights ahead of their use failed") == 1 and "the disk is gone" in caplog.text
 
 
@@ -214,6 +238,9 @@ def test_no_more_is_read_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None
             assert number <= reached[0] + 3
             came.notify_all()
 
+    def is_last(number: int) -> bool:
+        return done[-1:] == [number]
+
     monkeypatch.setattr(read_ahead, "look_at", noted)
     with ReadAhead(steps, limit=3500) as ahead:
         for step in range(-1, 17):
@@ -222,7 +249,7 @@ def test_no_more_is_read_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None
             if step >= 0:
                 ahead.reached(step)
             with came:
-                assert came.wait_for(lambda last=step + 3: done[-1:] == [last], AT_MOST)  # type: ignore[misc]
+                assert came.wait_for(partial(is_last, step + 3), AT_MOST)
     assert done == list(range(20))
 
 

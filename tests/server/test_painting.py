@@ -8,14 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import SETTINGS, Editor, open_browser, open_editor
-from comfyui_source import SetupError
-from frontends import COLOUR_LOSING_FRONTEND, NEWEST_FRONTEND, OLDEST_FRONTEND, find_frontend
+from browser import Editor
+from editors import editor_of
+from frontends import COLOUR_LOSING_FRONTEND, NEWEST_FRONTEND, OLDEST_FRONTEND
 from PIL import Image
 from safetensors.numpy import load_file
 
 from workbench import ROOT
-from workbench.bootstrap import comfyui_path
 from workbench.comfy_server import ComfyServer
 from workbench.random_weights import adapter_file, llava_folder
 
@@ -67,25 +66,14 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def painted(frontend: str | None, weights: Path, base: Path) -> Iterator[tuple[ComfyServer, Editor]]:
     """A server with this frontend (None: its own), and its editor after the photograph's mask was painted."""
-    arguments = ["--cpu"]
-    if frontend is not None:
-        try:
-            arguments += ["--front-end-root", str(find_frontend(frontend))]
-        except SetupError as error:
-            pytest.skip(str(error))
-    with (
-        ComfyServer(comfyui_path(), base, {"moma/MoMA_llava_7b": weights}, arguments) as server,
-        open_browser() as browser,
-    ):
+    with editor_of(frontend, base, {"moma/MoMA_llava_7b": weights}) as (server, editor):
         Image.open(PHOTO).save(server.input / "photo.png")  # decoders of JPEG differ
-        server.post("/settings", SETTINGS)
-        with open_editor(browser, server.address) as editor:
-            editor.page.evaluate(GRAPH)
-            editor.page.wait_for_function("() => app.graph.nodes[0].imgs?.length", timeout=60_000)
-            rows = np.linspace(TOP, BOTTOM, 15)
-            corners = [(x, y) for i, y in enumerate(rows) for x in ((LEFT, RIGHT) if i % 2 else (RIGHT, LEFT))]
-            editor.paint_mask("LoadImage", [corners])
-            yield server, editor
+        editor.page.evaluate(GRAPH)
+        editor.page.wait_for_function("() => app.graph.nodes[0].imgs?.length", timeout=60_000)
+        rows = np.linspace(TOP, BOTTOM, 15)
+        corners = [(x, y) for i, y in enumerate(rows) for x in ((LEFT, RIGHT) if i % 2 else (RIGHT, LEFT))]
+        editor.paint_mask("LoadImage", [corners])
+        yield server, editor
 
 
 def check_what_was_seen(server: ComfyServer) -> None:

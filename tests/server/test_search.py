@@ -1,15 +1,11 @@
 """What people type into the editor's search finds the node that they mean, ranked by the editor itself."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from browser import SETTINGS, Editor, open_browser, open_editor
-from comfyui_source import SetupError
-from frontends import NEWEST_FRONTEND, OLDEST_FRONTEND, find_frontend
-
-from workbench.bootstrap import comfyui_path
-from workbench.comfy_server import ComfyServer
+from browser import Editor
+from editors import editor_of
+from frontends import NEWEST_FRONTEND, OLDEST_FRONTEND
 
 pytestmark = [pytest.mark.server, pytest.mark.browser, pytest.mark.slow]
 BLUEPRINT = "MoMA personalize"
@@ -53,17 +49,8 @@ AMONG = {
 @pytest.fixture(scope="module", params=[None, OLDEST_FRONTEND, NEWEST_FRONTEND])
 def editor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Editor]:
     """The editor that this ComfyUI brings (None), and others, of a server without models."""
-    arguments = ["--cpu"]
-    if request.param is not None:
-        try:
-            arguments += ["--front-end-root", str(find_frontend(request.param))]
-        except SetupError as error:
-            pytest.skip(str(error))
-    base: Path = tmp_path_factory.mktemp("server")
-    with ComfyServer(comfyui_path(), base, arguments=arguments) as server, open_browser() as browser:
-        server.post("/settings", SETTINGS)
-        with open_editor(browser, server.address) as opened:
-            yield opened
+    with editor_of(request.param, tmp_path_factory.mktemp("server")) as (_, opened):
+        yield opened
 
 
 def ours(editor: Editor, text: str) -> list[str]:

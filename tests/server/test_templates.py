@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from browser import SETTINGS, Editor, open_browser, open_editor
-from comfyui_source import SetupError
-from frontends import NEWEST_FRONTEND, OLDEST_FRONTEND, find_frontend
+from browser import Editor
+from editors import editor_of
+from frontends import NEWEST_FRONTEND, OLDEST_FRONTEND
 from PIL import Image
 from workflow_files import NAMES, api, workflow
 
-from workbench.bootstrap import comfyui_path
 from workbench.comfy_server import PACK_NAME, ComfyServer
 
 pytestmark = [pytest.mark.server, pytest.mark.browser, pytest.mark.slow]
@@ -41,20 +40,9 @@ class Fresh(NamedTuple):
 
 @pytest.fixture(scope="module", params=[None, OLDEST_FRONTEND, NEWEST_FRONTEND], ids=["pinned", "oldest", "newest"])
 def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fresh]:
-    arguments = ["--cpu"]
-    if request.param is not None:
-        try:
-            arguments += ["--front-end-root", str(find_frontend(request.param))]
-        except SetupError as error:
-            pytest.skip(str(error))
-    with (
-        ComfyServer(comfyui_path(), tmp_path_factory.mktemp("server"), None, arguments) as server,
-        open_browser() as browser,
-    ):
+    with editor_of(request.param, tmp_path_factory.mktemp("server")) as (server, editor):
         Image.new("RGB", (64, 64)).save(server.input / "example.png")  # as ComfyUI brings one
-        server.post("/settings", SETTINGS)
-        with open_editor(browser, server.address) as editor:
-            yield Fresh(server, editor, request.param is None)
+        yield Fresh(server, editor, request.param is None)
 
 
 def content(prompt: dict[str, Any]) -> dict[str, Any]:
