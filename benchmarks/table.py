@@ -135,7 +135,7 @@ def _scaling(found: Results) -> Iterator[Row]:
 
 def _share(found: Results) -> Iterator[Row]:
     for title, group in found.items():
-        yield from _ratio_rows("share", group, "plain", {name: name for name in group["spread"]}, title)
+        yield from _ratio_rows("share", group, "plain", {name: name for name in group["spread"] if name != "plain_s"}, title)
 
 
 def _compile(found: Results) -> Iterator[Row]:
