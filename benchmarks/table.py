@@ -135,7 +135,8 @@ def _scaling(found: Results) -> Iterator[Row]:
 
 def _share(found: Results) -> Iterator[Row]:
     for title, group in found.items():
-        yield from _ratio_rows("share", group, "plain", {name: name for name in group["spread"] if name != "plain_s"}, title)
+        names = {name: name for name in group["spread"] if name != "plain_s"}
+        yield from _ratio_rows("share", group, "plain", names, title)
 
 
 def _compile(found: Results) -> Iterator[Row]:
