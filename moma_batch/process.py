@@ -82,9 +82,16 @@ class ComfyProcess:
             raise
         return self.url
 
-    def is_running(self) -> bool:
-        """Whether the process is there. Without its guard it may not go on."""
-        return self._guard is not None and self._guard.poll() is None
+    def is_running(self, seconds: float = 0.0) -> bool:
+        """Whether the process is there, and still is after so many seconds. Without its guard it may not go on."""
+        guard = self._guard
+        if guard is None:
+            return False
+        try:
+            guard.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return True
+        return False
 
     def stop(self) -> None:
         """End it and all that it started."""

@@ -19,6 +19,8 @@ SHORTEST_WAIT, LONGEST_WAIT, SHARE = 0.01, 1.0, 0.04
 RECENT, EARLY = 20, 0.75
 """The first look comes at this share of the time of the shortest of so many jobs before."""
 LOST_SECONDS = 5.0
+ENDED_SECONDS = 5.0
+"""How long a process that ends may take to, after its connections broke."""
 REMEMBERED = 4096
 _MEMORY = ("OutOfMemory", "out of memory", "CUDA error", "AcceleratorError", "MemoryError")
 _FULL = ("No space left on device", "not enough space on the disk", "Errno 28")
@@ -99,7 +101,7 @@ class Worker:
             outcome = Outcome("refused", str(error), error.node)
         except GoneError as error:
             self._cancel(job)
-            outcome = self._died(str(error))
+            outcome = self._died(self._why_gone(error))
         except BrokenPictureError as error:
             outcome = Outcome("fault", f"a file came broken: {error}")
         except OSError as error:
@@ -170,14 +172,19 @@ class Worker:
                     looked = now
                 heard = time.monotonic()
             except GoneError as error:
-                if self._process is not None and not self._process.is_running():
-                    return self._died(f"ComfyUI ended:\n{self._process.log_end()}")
-                if now - heard > self.spec.patience.silence or "refused" in str(error):
-                    return self._died(str(error))
+                ended = self._process is not None and not self._process.is_running()
+                if ended or now - heard > self.spec.patience.silence or "refused" in str(error):
+                    return self._died(self._why_gone(error))
             if now - start > job.timeout:
                 self._cancel(job)
                 message = f"the prompt did not end within {job.timeout:.0f} s (--timeout): the server counts as hung"
                 return Outcome("fault", message, restart=True)
+
+    def _why_gone(self, error: GoneError) -> str:
+        """That our process ended, where it did, tells more than what the connection saw of it."""
+        if self._process is not None and not self._process.is_running(ENDED_SECONDS):
+            return f"ComfyUI ended:\n{self._process.log_end()}"
+        return str(error)
 
     def _died(self, message: str) -> Outcome:
         if self._interrupted.is_set():

@@ -3,7 +3,8 @@
 It answers as ComfyUI does to what `moma_batch` asks; `test_client.py` runs the same tests against both. A picture is
 painted from the row's key, which is thus in the pixels. Words in a row's prompt make it fail:
 
-- `crash`: the process ends while the prompt runs; `hang`: the prompt never ends; `tear`: the picture's file is cut off
+- `crash`: the process ends while the prompt runs; `answer cut`: while it answers that the prompt is queued;
+  `picture cut`: while it gives the picture; `hang`: the prompt never ends; `tear`: the picture's file is cut off
 - `grow`: it holds 64 MB more; `raise`: a node raises an exception; `full`: a node finds no room on the disk
 - `memory`: a node runs out of memory; `slow`: it takes a second; `refuse`: the prompt is invalid
 - `WORD once`: only for the first server of the folder that meets this prompt
@@ -65,6 +66,7 @@ class Fake:
         self.pending: list[tuple[str, dict, dict]] = []
         self.running: list[tuple[str, dict, dict]] = []
         self.history: dict[str, dict] = {}
+        self.cut: set[str] = set()
         self.lock, self.wake, self.stop = threading.Lock(), threading.Semaphore(0), threading.Event()
 
     def loop(self) -> None:
@@ -167,6 +169,8 @@ class Fake:
             if self.asks_for("tear", texts):
                 content = content[: len(content) // 2]
             outputs[name] = {"images": [self.put(subfolder, f"{stem}_00001_.png", content)]}
+            if self.asks_for("picture cut", texts):
+                self.cut.add(f"{stem}_00001_.png")
         return outputs
 
     def save_subjects(self, graph: dict, prefix: str | list) -> dict:
@@ -214,7 +218,10 @@ class Handler(BaseHTTPRequestHandler):
         elif address.path == "/view":
             wanted = {key: values[0] for key, values in parse_qs(address.query).items()}
             path = fake.output / wanted.get("subfolder", "") / wanted["filename"]
-            self.answer(path.read_bytes() if path.is_file() else b"", 200 if path.is_file() else 404)
+            content = path.read_bytes() if path.is_file() else b""
+            if path.name in fake.cut:
+                self.end_within(content)
+            self.answer(content, 200 if path.is_file() else 404)
         else:
             self.answer({}, 404)
 
@@ -265,6 +272,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer({"error": error, "node_errors": nodes}, 400)
                 return
         item = (content["prompt_id"], graph, content.get("extra_data", {}))
+        if any("answer cut" in str(value) for node in graph.values() for value in node["inputs"].values()):
+            self.end_within(b"{}" * 100)
         with self.fake.lock:
             self.fake.pending.append(item)
         self.fake.wake.release()
@@ -279,6 +288,15 @@ class Handler(BaseHTTPRequestHandler):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(parts["image"].get_payload(decode=True))
         self.answer({"name": name, "subfolder": subfolder, "type": "input"})
+
+    def end_within(self, body: bytes) -> None:
+        """The process ends in the middle of an answer."""
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2])
+        self.wfile.flush()
+        os._exit(9)
 
     def answer(self, content: object, status: int = 200) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
