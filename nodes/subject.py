@@ -104,7 +104,7 @@ class LoadSubject(io.ComfyNode):
                 io.Combo.Input(
                     "subject_name",
                     options=subject_names(),
-                    tooltip="A file in output/moma_subjects or models/moma_subjects.",
+                    tooltip="A file in output/moma_subjects or models/moma_subjects; striped_cup is part of this pack.",
                 )
             ],
             outputs=[
