@@ -1,11 +1,5 @@
-"""The released MoMA code on the same UNet weights, driven from a checkout of it.
+"""One step of the released MoMA code on the same UNet weights, driven from a checkout of it."""
 
-It needs diffusers, which neither ComfyUI nor the pack has: put it into a folder of its own and that into PYTHONPATH,
-as in `pip install --no-deps --target DIR diffusers importlib_metadata zipp`. The language model's part of the released
-code (and so the llava package) is not imported.
-"""
-
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +9,12 @@ from measure import CFG, SCHEDULE, Step
 from torch import Tensor, autocast
 from workload import TEXT_LENGTH, Scene, Workload, subjects
 
-from workbench.tiny_models import seeded, unet_config
+from workbench.released_code import diffusers_unet, import_released, look_at_reference
+from workbench.tiny_models import seeded
 
 IMAGE_TOKENS = 4
-WORD_TOKENS = [[4]]
-"""Where the subject is in the prompt, as `set_cross_subject_idxs` takes it."""
-
-
-class MissingCodeError(Exception):
-    """The checkout or diffusers cannot be imported."""
+WORD_TOKENS = [4]
+"""Where the subject is in the prompt."""
 
 
 def released_steps(repo: Path, workload: Workload, scene: Scene, size: tuple[int, int]) -> dict[str, Step]:
@@ -39,23 +30,24 @@ def released_steps(repo: Path, workload: Workload, scene: Scene, size: tuple[int
     Raises:
         MissingCodeError: See there.
     """
-    generator_class, mask_from_cross = _import(repo)
+    code = import_released(repo)
     device = workload.model.load_device
     dtype = workload.model.model.get_dtype()
-    unet, plain = (_unet(workload) for _ in range(2))
-    generator = generator_class.__new__(generator_class)  # its own set-up loads a pipeline from the hub
-    generator.unet, generator.device = unet, device
-    generator.set_ip_adapter()
+    weights = workload.model.model.diffusion_model.state_dict()
+    unet, plain = (diffusers_unet(workload.unet, weights) for _ in range(2))
+    generator = code.generator(unet, device)
     _load_adapter(unet, workload, dtype)
     text = torch.cat([seeded(seed, "text", (1, TEXT_LENGTH, workload.context_size)) for seed in (8, 7)])
     text = text.to(device, dtype)
     tokens = seeded(9, "tokens", (2, IMAGE_TOKENS, workload.context_size)).to(device, dtype)
     mask = subjects(workload, scene)[0].masks[None].to(device, dtype)
     latents = seeded(1, "latents", (1, 4, *size)).to(device, dtype)
-    _look_at_reference(generator, latents, text, mask)
+    generator.set_selfAttn_strength(1.0)
+    with torch.no_grad(), _autocast(text):
+        look_at_reference(generator, latents, text[1:], mask, WORD_TOKENS)
 
     def after() -> None:
-        found = mask_from_cross(unet.attn_processors)[1:]
+        found = code.processors.get_mask_from_cross(unet.attn_processors)[1:]
         generator.set_self_mask("self", "ig", found)
         generator.set_self_mask("cross", mask=found.clone().detach())
 
@@ -64,33 +56,6 @@ def released_steps(repo: Path, workload: Workload, scene: Scene, size: tuple[int
     )
     released()
     return {"released": released, "released_plain": _step(plain, latents, text, lambda: None, lambda: None)}
-
-
-def _import(repo: Path) -> tuple[Any, Any]:
-    sys.path.insert(0, str(repo))
-    try:
-        from model_lib.attention_processor import get_mask_from_cross
-        from model_lib.moMA_generator import MoMA_generator
-    except ImportError as error:
-        raise MissingCodeError(
-            f"--moma-repo {repo}: {error}. It must be a checkout of the released MoMA code, with diffusers importable."
-        ) from error
-    finally:
-        sys.path.remove(str(repo))
-    return MoMA_generator, get_mask_from_cross
-
-
-def _unet(workload: Workload) -> Any:
-    """diffusers' UNet; it shares the weights of ComfyUI's."""
-    import comfy.utils
-    from diffusers import UNet2DConditionModel
-
-    weights = workload.model.model.diffusion_model.state_dict()
-    names = comfy.utils.unet_to_diffusers(unet_config(workload.unet))
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(attention_head_dim=8, **workload.unet)
-    unet.load_state_dict({theirs: weights[ours] for theirs, ours in names.items() if ours in weights}, assign=True)
-    return unet.requires_grad_(False)
 
 
 def _load_adapter(unet: Any, workload: Workload, dtype: torch.dtype) -> None:
@@ -102,20 +67,6 @@ def _load_adapter(unet: Any, workload: Workload, dtype: torch.dtype) -> None:
             processor.to(dtype)  # cross-attention ones stay in the fp16 that the released code casts to
             processor.scale_learnable.data.fill_(workload.adapter.scales[index // 2])
         processor.requires_grad_(False)
-
-
-def _look_at_reference(generator: Any, latent: Tensor, text: Tensor, mask: Tensor) -> None:
-    """The reference pass, then the flags and masks as before the released loop."""
-    generator.set_selfAttn_strength(1.0)
-    generator.toggle_enable_flag("self")
-    generator.toggle_extract_inject_flag("self", "extract")
-    with torch.no_grad(), _autocast(text):
-        generator.unet(latent, timestep=torch.tensor([0], device=text.device), encoder_hidden_states=text[1:])
-    generator.set_self_mask("eraseAll")
-    generator.toggle_enable_flag("all")
-    generator.toggle_extract_inject_flag("all", "masked_generation")
-    generator.set_self_mask("self", "id", mask)
-    generator.set_cross_subject_idxs(WORD_TOKENS)
 
 
 def _step(unet: Any, latents: Tensor, text: Tensor, before: Callable[[], None], after: Callable[[], None]) -> Step:

@@ -16,9 +16,11 @@ from arithmetic import matrix_flops
 from measure import ratios, with_steps
 from parts import PARTS, SHARED
 from plan import PLANS, plan_for
-from released_moma import MissingCodeError, released_steps
+from released_moma import released_steps
 from session import Session
 from workload import Scene, shortcut
+
+from workbench.released_code import MissingCodeError
 
 pytestmark = pytest.mark.newest
 
