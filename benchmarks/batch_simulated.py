@@ -5,6 +5,7 @@ They are the stand-in of the tests, which passes the same tests of the client as
 
 import csv
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ STAND_IN = ROOT / "tests" / "batch" / "fake_comfyui" / "main.py"
 GRAPH = ROOT / "moma_batch" / "default.json"
 IN_A_PROCESS = 16
 """So many simulated servers share one process, so that 64 cost little memory and time to start."""
+NO_TOKEN = {"RAY_AUTH_MODE": "disabled"}
 WRAPPER = """import os, runpy
 os.environ.update({variables})
 runpy.run_path({main!r}, run_name="__main__")
@@ -47,10 +49,11 @@ def simulated(servers: int, rows: int, median_s: float, ray: Path | None) -> dic
             words += [word for url in stack.enter_context(_started(folder, servers, variables)) for word in url]
         else:
             python = str(ray)
-            words += ["--address", "local", "--workers", str(servers), *_for_ray(folder, variables)]
+            address = stack.enter_context(_cluster(python, servers))
+            words += ["--address", address, "--workers", str(servers), *_for_ray(folder, variables)]
         command = [python, str(ROOT / "moma_batch"), *words]
         load = os.getloadavg()[0]
-        found = measured(command, {**os.environ, "RAY_AUTH_MODE": "disabled"})
+        found = measured(command, {**os.environ, **NO_TOKEN})
         return {
             "servers": servers,
             "rows": rows,
@@ -117,6 +120,17 @@ def _started(folder: Path, servers: int, variables: dict[str, str]) -> Iterator[
         for process in processes:
             process.kill()
             process.wait()
+
+
+@contextmanager
+def _cluster(python: str, cpus: int) -> Iterator[str]:
+    """A Ray cluster, with a CPU for each simulated ComfyUI, which needs none; its address."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
+    environment = {**os.environ, **NO_TOKEN, "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    command = [python, str(Path(__file__).with_name("ray_head.py")), str(cpus)]
+    with subprocess.Popen(command, env=environment, **pipes) as head:
+        assert head.stdout is not None
+        yield next(line.strip() for line in head.stdout if re.fullmatch(r"[\d.]+:\d+\n", line))
 
 
 def _for_ray(folder: Path, variables: dict[str, str]) -> list[str]:
