@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-KIB_PER_MB = 1e6 / 1024
+KIB_IN_MB = 1024 / 1e6
+LOOK_SECONDS = 0.2
 Pids = Callable[[], Mapping[str, int]]
 """The processes to look at, by what they are called; asked every time, as they come and go."""
 
@@ -27,7 +28,7 @@ class Measured:
         began: When it was started, in seconds since the epoch.
         wall_s: From its start to its end.
         cpu_s: Of its own, and of what it started and waited for.
-        peak_mb: The most main memory that it, or one of those, held at a time: servers count where it starts some.
+        peak_mb: The most main memory that it held at a time, as of 0.2 s before its end; what it started is not in it.
         output: What it printed.
         samples: Per process that was looked at, (seconds since the start, MB) in order.
     """
@@ -58,8 +59,16 @@ def measured(
         command, env=dict(variables), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
     )
 
+    peak = 0.0
+
     def look() -> None:
-        while not ended.wait(1):
+        nonlocal peak
+        looked = began
+        while not ended.wait(LOOK_SECONDS):
+            peak = max(peak, _peak_mb(process.pid))
+            if time.time() < looked + 1:
+                continue
+            looked = time.time()
             for name, pid in {"driver": process.pid, **pids()}.items():
                 if found := held_mb(pid):
                     samples.setdefault(name, []).append((time.time() - began, found))
@@ -75,7 +84,16 @@ def measured(
     looking.join()
     if process.returncode not in allowed:
         raise RunError(f"{' '.join(command)}\nended with {process.returncode}:\n{output[-4000:]}")
-    return Measured(began, wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / KIB_PER_MB, output, samples)
+    return Measured(began, wall, usage.ru_utime + usage.ru_stime, peak, output, samples)
+
+
+def _peak_mb(pid: int) -> float:
+    """The most that a process has held; 0 if it is gone. (What `wait4` says begins with what its parent held.)"""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) * KIB_IN_MB for line in lines if line.startswith("VmHWM")), 0.0)
 
 
 def held_mb(pid: int) -> float:

@@ -36,7 +36,7 @@ def simulated(servers: int, rows: int, median_s: float, ray: Path | None) -> dic
         ray: The Python that has Ray, for the Ray backend; None for the local one.
 
     Returns:
-        Rows a second, CPU and memory of the driver, the machine's load before it, and the efficiency, see `efficiency`.
+        Rows a second, CPU time of the driver, the machine's load before it, and the efficiency, see `efficiency`.
     """
     with tempfile.TemporaryDirectory(prefix="moma-benchmark-") as name, ExitStack() as stack:
         folder = Path(name)
@@ -70,7 +70,6 @@ def result(found: Measured, journal: list[dict[str, Any]], log: list[dict[str, A
     figures = {
         "rows_per_s": len(ends) / (max(ends) - min(begins)),
         "driver_cpu_ms_per_row": 1000 * found.cpu_s / len(ends),
-        "driver_peak_mb": found.peak_mb,
         "mean_service_s": sum(entry["seconds"] for entry in log) / len(log),
     }
     return {**figures, **efficiency(journal, log, servers)}

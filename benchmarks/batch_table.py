@@ -65,13 +65,13 @@ def _dispatch(found: Results) -> Iterator[Cells]:
 def _servers(found: Results) -> Iterator[Cells]:
     yield [
         *("workers", "simulated servers", "rows", "mean service time", "efficiency, whole run"),
-        *("without start and tail", "driver's peak", "load before"),
+        *("without start and tail", "load before"),
     ]
     for name, runs in found.items():
         for one in runs:
             shares = [f"{one[kind]:.3f}" for kind in ("whole", "steady")]
             counts = [str(one["servers"]), str(one["rows"]), f"{one['mean_service_s']:.2f} s"]
-            yield [BACKENDS[name], *counts, *shares, f"{one['driver_peak_mb']:.0f} MB", f"{one['load']:.0f}"]
+            yield [BACKENDS[name], *counts, *shares, f"{one['load']:.0f}"]
 
 
 def _rows(found: Results) -> Iterator[Cells]:

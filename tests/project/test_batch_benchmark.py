@@ -51,7 +51,7 @@ def many() -> dict[str, Any]:
 
 def test_simulated_servers_do_all_rows(served: dict[str, Any]) -> None:
     assert served["servers"] == 2 and served["rows_per_s"] > 0 and 0 < served["whole"] < 1
-    assert served["driver_peak_mb"] > 1 and served["driver_cpu_ms_per_row"] > 0
+    assert served["driver_cpu_ms_per_row"] > 0
 
 
 def test_many_rows_are_half_done_and_gone_on_with(many: dict[str, Any]) -> None:

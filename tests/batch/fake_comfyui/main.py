@@ -196,6 +196,7 @@ class Handler(BaseHTTPRequestHandler):
 
     fake: Fake
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # as ComfyUI's server: otherwise each answer on a kept connection waits for 40 ms
 
     def log_message(self, *_: object) -> None:
         """Quiet."""
