@@ -1,8 +1,8 @@
 """Whether the evaluation agrees with what is true in the small world: `python3 training/agreement.py`.
 
-Draws held-out subjects by the product in many settings (strength, weight, parts), has `moma_batch evaluate` measure
-them as it measures any run, and holds its ranking of the settings against what a probe reads. Writes its part of
-docs/quality.md.
+Draws held-out subjects by the product in many settings (strength, weight, CFG, parts), has `moma_batch evaluate`
+measure them as it measures any run, and holds its ranking of the settings against what a probe reads. Writes its part
+of docs/quality.md.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=2, help="places and materials of each")
     parser.add_argument("--seeds", type=int, default=2, help="pictures of each subject and prompt")
     parser.add_argument("--strengths", type=int, default=11, help="how many strengths from 0 to 1")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that draw side by side")
     parser.add_argument("--out", type=Path, default=cache_dir() / "agreement", help="the folder for the pictures")
     parser.add_argument("--docs", type=Path, default=DOCS, help="the folder of quality.md")
     return parser.parse_args()
@@ -44,11 +44,14 @@ def main() -> None:
     from workbench.bootstrap import bootstrap
 
     bootstrap()
-    import torch
+    from comfyui_moma.training.drawn import drawer
 
-    torch.set_num_threads(options.threads)
+    from workbench.side_by_side import SideBySide
+
     began = time.monotonic()
-    lines = measure(options)
+    of = (options.files, options.subjects, options.seeds)
+    with SideBySide(options.processes, drawer.__module__, drawer.__name__, *of) as drawers:
+        lines = measure(options, drawers)
     lines[2:2] = [f"Made by `python3 training/agreement.py` in {(time.monotonic() - began) / 60:.0f} minutes.", ""]
     from comfyui_moma.training.agreement_page import placed
 
@@ -58,14 +61,14 @@ def main() -> None:
     print(f"Wrote {page}")
 
 
-def measure(options: argparse.Namespace) -> list[str]:
-    """Draw and evaluate; the part's lines."""
+def measure(options: argparse.Namespace, drawers: Any) -> list[str]:
+    """Have the small worlds of `drawers` draw, and evaluate; the part's lines."""
     from comfyui_moma.moma_batch.evaluate.evaluation import Measuring
     from comfyui_moma.moma_batch.evaluate.lines import read_evaluation
     from comfyui_moma.moma_batch.evaluate.samples import Run
     from comfyui_moma.training.agreement_page import page_of
     from comfyui_moma.training.agreement_settings import settings
-    from comfyui_moma.training.drawn import SmallWorld, measured_subjects
+    from comfyui_moma.training.drawn import Asked, SmallWorld, measured_subjects
     from comfyui_moma.training.drawn_run import DrawnRun
     from comfyui_moma.training.measuring import backbones
     from comfyui_moma.training.probe import load
@@ -75,22 +78,20 @@ def measure(options: argparse.Namespace) -> list[str]:
     run = DrawnRun(options.out / "run", load())
     world = SmallWorld(options.files, load(), measured_subjects(options.subjects), options.seeds)
     rng = random.Random("agreement")
-    asked = {
-        "context": {
-            i: [(place, None) for place in rng.sample(PLACES, options.prompts)] for i in range(options.subjects)
-        },
-        "texture": {i: [(None, m) for m in rng.sample(MATERIALS, options.prompts)] for i in range(options.subjects)},
+    everyone = range(options.subjects)
+    wanted: dict[str, list[tuple[int, str | None, str | None]]] = {
+        "context": [(i, place, None) for i in everyone for place in rng.sample(PLACES, options.prompts)],
+        "texture": [(i, None, what) for i in everyone for what in rng.sample(MATERIALS, options.prompts)],
     }
     read: dict[Any, list[Any]] = {}
     chosen = settings(options.strengths)
     for done, setting in enumerate(chosen, 1):
-        for number, prompts in asked[setting.task].items():
-            for place, material in prompts:
-                pictures, found = world.draw(number, place, material, setting.variant())
-                read.setdefault(setting, []).extend(found)
-                notes = {"task": setting.task, "parts": setting.parts}
-                numbers = {"strength": f"{setting.strength:g}", "weight": f"{setting.weight:g}"}
-                run.add(world, number, (place, material), pictures, numbers, notes)
+        asked = [Asked(*each, setting.variant()) for each in wanted[setting.task]]
+        for one, (pictures, found) in zip(asked, drawers.map(asked), strict=True):
+            read.setdefault(setting, []).extend(found)
+            notes = {"task": setting.task, "parts": setting.parts, "cfg": f"{setting.cfg:g}"}
+            numbers = {"strength": f"{setting.strength:g}", "weight": f"{setting.weight:g}"}
+            run.add(world, one.number, (one.place, one.material), pictures, numbers, notes)
         print(f"{done} of {len(chosen)} settings drawn", flush=True)
     Measuring(Run(run.write(), masks=run.masks), backbones(), 32).evaluate()
     return page_of(read_evaluation(run.folder), read, options)

@@ -43,7 +43,8 @@ def truth(kind: str, read: list[Read]) -> float:
 def setting_of(line: Line) -> Setting:
     """The setting that a line was drawn with."""
     columns = line.columns
-    return Setting(columns["note.task"], float(columns["strength"]), float(columns["weight"]), columns["note.parts"])
+    strength, weight, cfg = (float(columns[name]) for name in ("strength", "weight", "note.cfg"))
+    return Setting(columns["note.task"], strength, weight, cfg, columns["note.parts"])
 
 
 def by_setting(evaluation: Evaluation) -> dict[Setting, list[Line]]:
@@ -72,8 +73,8 @@ def page_of(evaluation: Evaluation, read: dict[Setting, list[Read]], options: ar
     page = ["## Does the evaluation agree?", ""]
     page += [
         f"`moma_batch evaluate` on {options.subjects} held-out subjects, {options.prompts} prompts, {options.seeds} "
-        "seeds in settings of strength, weight and parts; Spearman's rank correlation over the settings of what it "
-        "says with what the probe knows. *probe-I* and *probe-T* are the probe as a backbone, so that they test the "
+        "seeds in settings of strength, weight, CFG and parts; Spearman's rank correlation over the settings of what "
+        "it says with what the probe knows. *probe-I* and *probe-T* are the probe as a backbone, so that they test the "
         "evaluation's crops, pairs and means; *colours-I*, histograms, has no part in the probe.",
         "",
     ]
@@ -88,8 +89,8 @@ def page_of(evaluation: Evaluation, read: dict[Setting, list[Read]], options: ar
 
 
 def strengths(evaluation: Evaluation, docs: Path) -> list[str]:
-    """The best strength of each task at weight 1, and its curve into the docs' folder."""
-    whole = [line for line in evaluation.lines if setting_of(line).parts == WHOLE and setting_of(line).weight == 1]
+    """The best strength of each task with all else as README has it, and its curve into the docs' folder."""
+    whole = [line for line in evaluation.lines if _is_usual(setting_of(line)) and setting_of(line).parts == WHOLE]
     likeness = TRUTHS["likeness"][0]
     study = Study([replace(evaluation, lines=whole)], ("strength",), likeness, PROMPT, "note.task")
     lines = ["| task | best found | README |", "| --- | --- | --- |"]
@@ -107,9 +108,13 @@ def worth(evaluation: Evaluation, read: dict[Setting, list[Read]]) -> list[str]:
     heads = ["task", "", *(parts(name)[0] for name in names), "subject found", "place or material right"]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for setting, of in by_setting(evaluation).items():
-        if setting.weight == 1 and setting.strength == RECOMMENDED[setting.task]:
+        if _is_usual(setting) and setting.strength == RECOMMENDED[setting.task]:
             figures = [figure_of(of, name) for name in names]
             shares = [statistics.fmean(getattr(one, what) for one in read[setting]) for what in ("found", "aimed")]
             cells = [setting.task, setting.parts, *(figure.text() if figure else "" for figure in figures)]
             lines.append(f"| {' | '.join([*cells, *(f'{share:.0%}' for share in shares)])} |")
     return lines
+
+
+def _is_usual(setting: Setting) -> bool:
+    return setting == Setting(setting.task, setting.strength, parts=setting.parts)

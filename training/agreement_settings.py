@@ -3,9 +3,13 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+from workbench.small_world import CFG
+
 from .drawn import Variant
 
-WEIGHTS = (0.6, 0.8, 1.0)
+OTHERS = ((0.6, CFG), (1.0, 1.0), (1.0, 1.5), (1.0, 2.0))
+"""Weights with CFGs, at every other strength. A low CFG lets the prompt slip; otherwise nearly all of them come right,
+and there would be nothing to rank."""
 RECOMMENDED = {"context": 1.0, "texture": 0.4}
 """The README's strengths."""
 PARTS = {
@@ -27,13 +31,14 @@ class Setting:
 
     task: str
     strength: float
-    weight: float
+    weight: float = 1.0
+    cfg: float = CFG
     parts: str = WHOLE
 
     def variant(self) -> Variant:
         """For `SmallWorld.draw`."""
         kept: dict[str, Any] = PARTS.get(self.parts, {})
-        return replace(Variant(strength=self.strength, weight=self.weight), **kept)
+        return replace(Variant(strength=self.strength, weight=self.weight, cfg=self.cfg), **kept)
 
 
 def settings(strengths: int) -> list[Setting]:
@@ -42,9 +47,10 @@ def settings(strengths: int) -> list[Setting]:
     Args:
         strengths: How many, from 0 to 1.
     """
+    steps = [round(i / (strengths - 1), 3) for i in range(strengths)]
     found = []
     for task, recommended in RECOMMENDED.items():
-        for weight in WEIGHTS:
-            found += [Setting(task, round(i / (strengths - 1), 3), weight) for i in range(strengths)]
-        found += [Setting(task, recommended, 1.0, parts) for parts in PARTS]
+        found += [Setting(task, strength) for strength in steps]
+        found += [Setting(task, strength, *other) for other in OTHERS for strength in steps[::2]]
+        found += [Setting(task, recommended, parts=parts) for parts in PARTS]
     return found

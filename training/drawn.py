@@ -1,7 +1,9 @@
 """Pictures of subjects by the product and the small world's files, and what a probe reads in them."""
 
 import functools
+import logging
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from .data import to_tensor
 from .description import COLOURS, COUNT, NAMED, SHAPE
 from .drawing import Product
 from .painter import paint
-from .probe import MASK_SIDE, Probe, Reading
+from .probe import MASK_SIDE, Probe, Reading, load
 from .words import MATERIAL_WORDS, PLACE_WORDS, SYNONYMS
 from .world import CLASSES, SIDE, Subject, draw_scene, draw_subject
 
@@ -40,6 +42,7 @@ class Variant:
         told: Whether the language model is shown the prompt, or only the word.
         strength: Of the shortcut.
         weight: Of the image tokens.
+        cfg: Of the sampler.
         references: How many pictures of the subject are combined.
         region: Whether a region mask keeps the subject to the middle of the picture.
         second: Whether the next subject is attached too, kept to a corner of the picture where nothing is asked for.
@@ -52,9 +55,20 @@ class Variant:
     told: bool = True
     strength: float = 1.0
     weight: float = 1.0
+    cfg: float = CFG
     references: int = 1
     region: bool = False
     second: bool = False
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A subject by its number, the place or the material it is asked for in, and with what of MoMA."""
+
+    number: int
+    place: str | None
+    material: str | None
+    variant: Variant = Variant()
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,12 @@ def measured_subjects(count: int) -> list[Subject]:
     ]
 
 
+def drawer(files: Path, subjects: int, seeds: int) -> Callable[[Asked], tuple[Tensor, list[Read]]]:
+    """What draws so many of the measured subjects, for `SideBySide`."""
+    logging.getLogger("comfyui_moma").setLevel(logging.ERROR)  # It warns where there is no mask, which is meant here.
+    return SmallWorld(files, load(), measured_subjects(subjects), seeds).draw
+
+
 class SmallWorld:
     """The files at work on a number of subjects."""
 
@@ -102,12 +122,13 @@ class SmallWorld:
         self._noise = torch.stack(noise)
 
     @torch.inference_mode()
-    def draw(self, number: int, place: str | None, material: str | None, variant: Variant) -> tuple[Tensor, list[Read]]:
+    def draw(self, asked: Asked) -> tuple[Tensor, list[Read]]:
         """Pictures of a subject in a place or of a material, one for each seed, and what is read in them.
 
         Returns:
             [seeds, 3, SIDE, SIDE] in -1..1, and a reading of each.
         """
+        number, place, material, variant = asked.number, asked.place, asked.material, asked.variant
         word = SYNONYMS[self._subjects[number].name][0]
         prompt = self.prompt(number, place, material)
         moma = functools.reduce(
@@ -125,7 +146,7 @@ class SmallWorld:
             second = self._subject(other, word, self.prompt(other, place, None), variant, 0)
             settings = self._with(settings, second, replace(variant, region=True), _CORNER)
         model = product.model if variant.plain else patched(product.model, settings)
-        samples = product.samples(model, positive, self._noise, STEPS, CFG)
+        samples = product.samples(model, positive, self._noise, STEPS, variant.cfg)
         pictures = product.pictures(samples)
         run = None if variant.plain or not variant.mask else moma.runs.find(samples)
         masks = None if run is None else run.masks[moma.key].float().cpu()

@@ -6,7 +6,6 @@ read the pictures (`probe.py`).
 
 import argparse
 import json
-import logging
 import os
 import random
 import sys
@@ -32,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--subjects", type=int, default=50, help="how many subjects are drawn")
     parser.add_argument("--few", type=int, default=12, help="how many of them for what is compared with MoMA")
     parser.add_argument("--seeds", type=int, default=2, help="pictures of each subject and prompt")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that draw side by side")
     parser.add_argument("--docs", type=Path, default=DOCS, help="the folder that quality.md and its pictures go to")
     return parser.parse_args()
 
@@ -86,30 +85,38 @@ def main() -> None:
     from workbench.bootstrap import bootstrap
 
     bootstrap()
+    from comfyui_moma.training.drawn import drawer
+
+    from workbench.side_by_side import SideBySide
+
+    of = (options.files, options.subjects, options.seeds)
+    with SideBySide(options.processes, drawer.__module__, drawer.__name__, *of) as drawers:
+        measure(options, drawers)
+
+
+def measure(options: argparse.Namespace, drawers: Any) -> None:
+    """Have the small worlds of `drawers` draw, and write the page."""
     import torch
     from comfyui_moma.training.agreement_page import part_of
-    from comfyui_moma.training.drawn import SmallWorld, Variant, measured_subjects
+    from comfyui_moma.training.drawn import Asked, SmallWorld, Variant, measured_subjects
     from comfyui_moma.training.probe import load
     from comfyui_moma.training.vae import save_sheet
     from comfyui_moma.training.world import MATERIALS, PLACES
 
-    logging.getLogger("comfyui_moma").setLevel(logging.ERROR)  # It warns where there is no mask, which is meant here.
-    torch.set_num_threads(options.threads)
     began = time.monotonic()
     world = SmallWorld(options.files, load(), measured_subjects(options.subjects), options.seeds)
     rng = random.Random("places")
     places = {i: rng.sample(PLACES, 6) for i in range(options.subjects)}
     few = min(options.few, options.subjects)
 
+    def drawn(name: str, asked: list[Any]) -> Row:
+        return Row.of(name, [read for _, readings in drawers.map(asked) for read in readings])
+
     def context(name: str, used: Variant, count: int = few) -> Row:
-        return Row.of(
-            name, [read for i in range(count) for where in places[i] for read in world.draw(i, where, None, used)[1]]
-        )
+        return drawn(name, [Asked(i, where, None, used) for i in range(count) for where in places[i]])
 
     def texture(name: str, used: Variant, count: int = few) -> Row:
-        return Row.of(
-            name, [read for i in range(count) for what in MATERIALS for read in world.draw(i, None, what, used)[1]]
-        )
+        return drawn(name, [Asked(i, None, what, used) for i in range(count) for what in MATERIALS])
 
     def painted(asked: list[tuple[int, str | None, str | None]]) -> Row:
         return Row.of("painted, not drawn", [read for each in asked for read in world.painted(*each)])
@@ -162,9 +169,9 @@ def main() -> None:
     _draw_curves(options.docs / CURVES, curves)
     shown = []
     for i in range(min(8, options.subjects)):
-        asked = [(places[i][0], None, 1.0), (places[i][1], None, 1.0), (None, MATERIALS[i % len(MATERIALS)], 0.4)]
-        drawn = [world.draw(i, *what, Variant(strength=strength))[0][0] for *what, strength in asked]
-        shown.append(torch.stack([world.reference(i), *drawn]))
+        asked = [Asked(i, where, None) for where in places[i][:2]]
+        asked.append(Asked(i, None, MATERIALS[i % len(MATERIALS)], Variant(strength=0.4)))
+        shown.append(torch.stack([world.reference(i), *(pictures[0] for pictures, _ in drawers.map(asked))]))
     save_sheet(options.docs / SHEET, list(torch.stack(shown).transpose(0, 1)))
     trained = json.loads((options.files / "trained.json").read_text("utf-8"))["seen"]
     text = _page(options, tables | curves, trained, time.monotonic() - began)

@@ -38,7 +38,14 @@ GATE_RATE = 10.0
 """Of the gates, as a multiple of the plan's rate: they start near 0 and must get to the order of 1."""
 
 TEXTURE_STRENGTH = 0.4
-"""Of the shortcut where the target is made of something: what MoMA's authors advise for a new texture."""
+"""Of the shortcut for a new texture: what MoMA's authors advise."""
+
+YIELDING, OVERRULING = (0.2, 0.45), (0.65, 1.0)
+"""Strengths of the shortcut at which the target is made of what the prompt says, and those at which it keeps its own
+look against the prompt: MoMA's old material stays at full strength."""
+
+OVERRULED_SHARE = 0.25
+"""Of the targets that are as they are: so many are said to be made of something."""
 
 EMPHASIS = 3.0
 """How much more an error on the subject weighs than one elsewhere, where the adapter has nothing to say."""
@@ -70,7 +77,12 @@ class _Pairs(Dataset[dict[str, Any]]):
             reference, target = target, reference
         asked = scene_of(target)
         word = rng.choice(SYNONYMS[asked.subject.name])
-        told = prompt(word, asked.place, asked.material, rng)
+        material, strength = asked.material, 1.0
+        if material:
+            strength = rng.uniform(*YIELDING)
+        elif rng.random() < OVERRULED_SHARE:
+            material, strength = rng.choice(MATERIALS), rng.uniform(*OVERRULING)
+        told = prompt(word, asked.place, material, rng)
         picture, mask = paint(scene_of(reference))
         return {
             "reference": reference,
@@ -81,7 +93,7 @@ class _Pairs(Dataset[dict[str, Any]]):
             "ids": prompt_ids(self._tokenizer, word, told),
             "text": fill_template(PROMPT_TEMPLATE, word, told),
             "word": word,
-            "strength": TEXTURE_STRENGTH if asked.material else 1.0,
+            "strength": strength,
         }
 
 

@@ -12,10 +12,11 @@ from comfyui_moma.moma_batch.evaluate.lines import Evaluation, Line, named
 from comfyui_moma.moma_batch.evaluate.summary import figure_of
 from comfyui_moma.training import agreement, agreement_page
 from comfyui_moma.training.agreement_settings import PARTS, RECOMMENDED, TRUTHS, WHOLE, Setting, settings
-from comfyui_moma.training.drawn import Read, SmallWorld, Variant, measured_subjects
+from comfyui_moma.training.drawn import Asked, Read, SmallWorld, Variant, drawer, measured_subjects
 from comfyui_moma.training.probe import load
 
 from workbench import ROOT
+from workbench.side_by_side import SideBySide
 
 ABOUT = {
     "definition": 1,
@@ -48,7 +49,7 @@ def world(follow: bool) -> tuple[Evaluation, dict[Setting, list[Read]]]:
             (-distance, sum(each.sure for each in found[setting]) / 10) if follow else (lots.random(), lots.random())
         )
         columns = {"strength": f"{setting.strength:g}", "weight": f"{setting.weight:g}"}
-        columns |= {"note.task": setting.task, "note.parts": setting.parts}
+        columns |= {"note.task": setting.task, "note.parts": setting.parts, "note.cfg": f"{setting.cfg:g}"}
         figures = {name: told if measure == "probe-T" else near for measure, name in NAMES.items()}
         for seed in ("0", "1"):
             lines.append(Line(f"{len(lines)}", "ok", "", "0.png", "", "A cup.", seed, "r", columns, {}, figures))
@@ -61,8 +62,9 @@ def test_each_task_has_thirty_settings_and_more_and_each_part_turned_off_once() 
     for task in RECOMMENDED:
         of = [setting for setting in chosen if setting.task == task]
         assert len(of) >= 30 and {setting.parts for setting in of} == {WHOLE, *PARTS}
-        assert Setting(task, RECOMMENDED[task], 1.0) in of
-    assert Setting("texture", 0.4, 0.8, "no shortcut").variant() == Variant(shortcut=False, strength=0.4, weight=0.8)
+        assert Setting(task, RECOMMENDED[task]) in of
+    turned_off = Setting("texture", 0.4, 0.8, 2.0, "no shortcut")
+    assert turned_off.variant() == Variant(shortcut=False, strength=0.4, weight=0.8, cfg=2.0)
 
 
 def test_the_correlation_is_one_where_the_ranking_is_the_same_and_none_by_lot() -> None:
@@ -81,7 +83,7 @@ def test_the_page_has_rankings_strengths_and_parts(tmp_path: Path) -> None:
     options = argparse.Namespace(subjects=4, prompts=2, seeds=2, docs=tmp_path)
     page = agreement_page.page_of(replace(evaluation, folder=tmp_path / "run"), found, options)
     for task in RECOMMENDED:
-        assert f"| {task} | prompt | {NAMES['probe-T']} | 38 | 1.00 |" in page
+        assert f"| {task} | prompt | {NAMES['probe-T']} | 40 | 1.00 |" in page
         assert sum(line.startswith(f"| {task} | {parts} |") for parts in (WHOLE, *PARTS) for line in page) == 6
     assert (tmp_path / agreement_page.CURVES).read_bytes().startswith(b"\x89PNG")
 
@@ -103,14 +105,15 @@ def test_the_evaluation_sees_the_subject_and_nothing_fell(tmp_path: Path, monkey
     """By the product with the published small weights: more of the subject than by the prompt alone, by more than the
     seeds' spread; of subject and prompt no less than before, but for that spread. Without image tokens probe-I is 0.52
     and colours-I 0.36."""
-    chosen = [Setting("context", 1.0, 1.0), Setting("context", 1.0, 1.0, "nothing of MoMA")]
+    chosen = [Setting("context", 1.0), Setting("context", 1.0, parts="nothing of MoMA")]
     from comfyui_moma.training import agreement_settings
 
     monkeypatch.setattr(agreement_settings, "settings", lambda strengths: chosen)
     seen: dict[str, Any] = {}
     monkeypatch.setattr(agreement_page, "page_of", lambda evaluation, *_: seen.update(evaluation=evaluation) or [])
     out = {"out": tmp_path / "out", "files": ROOT / "weights", "docs": tmp_path}
-    agreement.measure(argparse.Namespace(subjects=4, prompts=1, seeds=3, strengths=2, **out))
+    with SideBySide(2, drawer.__module__, drawer.__name__, ROOT / "weights", 4, 3) as drawers:
+        agreement.measure(argparse.Namespace(subjects=4, prompts=1, seeds=3, strengths=2, **out), drawers)
     evaluation = seen["evaluation"]
     assert len(evaluation.lines) == 24 and not evaluation.failures
     by = agreement_page.by_setting(evaluation)
@@ -127,7 +130,7 @@ def test_a_settings_weight_is_that_of_the_image_tokens() -> None:
     """At 0 nothing is left of them."""
     drawn = SmallWorld(ROOT / "weights", load(), measured_subjects(1), seeds=1)
     pictures = [
-        drawn.draw(0, "beach", None, variant)[0]
+        drawn.draw(Asked(0, "beach", None, variant))[0]
         for variant in (
             Variant(shortcut=False, weight=0.0),
             Variant(shortcut=False, image_tokens=False),

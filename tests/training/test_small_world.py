@@ -12,7 +12,7 @@ from statistics import fmean
 import pytest
 import torch
 from comfyui_moma.moma_modules.host.folders import OWN_WEIGHTS
-from comfyui_moma.training.drawn import Read, SmallWorld, Variant, measured_subjects
+from comfyui_moma.training.drawn import Asked, Read, SmallWorld, Variant, measured_subjects
 from comfyui_moma.training.probe import load
 from comfyui_moma.training.world import CLASSES, MATERIALS, PLACES
 
@@ -29,14 +29,14 @@ def world() -> SmallWorld:
 def somewhere(world: SmallWorld) -> list[Read]:
     """One subject of each class in two places."""
     places = [(i, PLACES[(i + shift) % len(PLACES)]) for shift in (0, 3) for i in range(len(CLASSES))]
-    return [read for i, place in places for read in world.draw(i, place, None, Variant())[1]]
+    return [read for i, place in places for read in world.draw(Asked(i, place, None))[1]]
 
 
 @pytest.fixture(scope="module")
 def made_anew(world: SmallWorld) -> list[Read]:
     """Each of a material."""
     asked = [(i, MATERIALS[i % len(MATERIALS)]) for i in range(len(CLASSES))]
-    return [read for i, material in asked for read in world.draw(i, None, material, Variant(strength=0.4))[1]]
+    return [read for i, material in asked for read in world.draw(Asked(i, None, material, Variant(strength=0.4)))[1]]
 
 
 def mean(readings: Sequence[Read], what: str) -> float:
