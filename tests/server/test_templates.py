@@ -1,7 +1,7 @@
 """Each template opened from the template browser of the oldest, the pinned and the newest editor, and run to a picture.
 
 On a server with the pack and what a fresh ComfyUI has. With `MOMA_EVERY_TEMPLATE` set all of them run in each editor,
-with all their steps, which takes a quarter of an hour; otherwise with one step, in the pinned editor all of which no
+with all their steps, which takes ten minutes; otherwise with one step, in the pinned editor all of which no
 other has the same graph or one that repeats it, in the others a few.
 """
 
