@@ -63,8 +63,9 @@ def measured(
 
     def look() -> None:
         nonlocal peak
-        looked = began
-        while not ended.wait(LOOK_SECONDS):
+        looked, pause = began, LOOK_SECONDS / 20
+        while not ended.wait(pause):
+            pause = min(LOOK_SECONDS, 1.5 * pause)  # what ends at once is looked at, too
             peak = max(peak, _peak_mb(process.pid))
             if time.time() < looked + 1:
                 continue

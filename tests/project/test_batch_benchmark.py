@@ -1,11 +1,13 @@
 """The benchmark of `moma_batch` runs in its simulated parts, and its tables read the results. Times are not judged."""
 
+import os
 import re
+import sys
 from typing import Any
 
 import batch_table
 import pytest
-from batch_process import growth
+from batch_process import growth, measured
 from batch_real import small_world
 from batch_rows import many_rows
 from batch_simulated import efficiency, simulated
@@ -35,6 +37,12 @@ def test_growth_is_that_of_the_second_half() -> None:
     found = growth(samples)
     assert found["tenth_mb"] == found["half_mb"] == 100.0 and abs(found["slope_mb_per_h"] - 1) < 1e-9
     assert growth([]) == {}
+
+
+def test_the_peak_is_the_process_own_and_not_that_of_who_started_it() -> None:
+    held = b"x" * (200 << 20)
+    found = measured([sys.executable, "-c", "held = b'x' * (50 << 20); import time; time.sleep(1)"], os.environ)
+    assert 50 < found.peak_mb < 150 < len(held) / 1e6
 
 
 @pytest.fixture(scope="module")
