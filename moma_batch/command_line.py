@@ -22,7 +22,7 @@ from .models import Weights, find_comfyui
 from .plan import Planner, replay
 from .progress import Progress
 from .report import write_report
-from .results import PLAN, is_there, write_plan, write_results
+from .results import PLAN, is_there, remove_partial, write_plan, write_results
 from .retry import FAILED, to_retry
 from .server import GoneError, Server
 from .space import Space
@@ -143,6 +143,7 @@ def _run(options: argparse.Namespace) -> int:
     check_choice(options)
     choose_workflow(options)
     with only_driver(options.out), contextlib.closing(Index(options.out)) as index:
+        remove_partial(options.out)
         journal = Journal(options.out)
         rows = _prepared(options, index)
         run_id = _run_id(options.out)

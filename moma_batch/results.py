@@ -17,6 +17,7 @@ from .tasks import Task
 IMAGES, SUBJECTS, RESULTS, PLAN = "images", "subjects", "results.csv", "plan.json"
 PICTURES = ".pictures"
 """How the file ends that has the picture and mask of saved subjects beside it."""
+PARTIAL = ".part"
 Written = list[dict[str, Any]] | OSError
 """The files of a task as the journal names them, or why they could not be written."""
 _COLUMNS = ("id", "row", "status", "picture", "attempts", "node", "message", "worker", "seconds", "sha256", "key", "at")
@@ -26,10 +27,10 @@ def write_whole(path: Path, content: bytes, named: str = "") -> None:
     """Write a file that appears only once it is on the disk, in the place of one that was there.
 
     Args:
-        named: What it is called until then, before ".part", if several may be written at once in the one's place.
+        named: What it is called until then, before `PARTIAL`, if several may be written at once in the one's place.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name((named or path.name) + ".part")
+    partial = path.with_name((named or path.name) + PARTIAL)
     try:
         with partial.open("wb") as file:
             file.write(content)
@@ -45,6 +46,13 @@ def write_whole(path: Path, content: bytes, named: str = "") -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed driver had begun to write, of which nobody may ever write the whole."""
+    for name in (IMAGES, SUBJECTS):
+        for path in (folder / name).rglob(f"*{PARTIAL}"):
+            path.unlink(missing_ok=True)
 
 
 def publish(folder: Path, task: Task, files: tuple[Produced, ...]) -> list[dict[str, Any]]:

@@ -108,6 +108,16 @@ def test_many_kills_cost_no_row(place: Any, seed: int) -> None:
     place.wait(lambda: not place.running())
 
 
+def test_what_a_killed_driver_had_begun_to_write_is_removed(place: Any) -> None:
+    """Also where the whole file is there by now, from another encoding of the picture."""
+    place.start("run", str(place.table(rows(2))), own=1).communicate(timeout=SECONDS)
+    pictures = next((place.out / "subjects").rglob("*.pictures"))
+    for begun in (pictures.with_name("0" * 64 + ".pictures.part"), place.out / "images" / "gone.png.part"):
+        begun.write_bytes(b"half")
+    assert place.do("run", str(place.table(rows(2))), own=1)[0] == 0
+    assert_whole(place, 2)
+
+
 def test_a_killed_driver_leaves_no_comfyui_behind(place: Any) -> None:
     process = place.start("run", str(place.table(rows(4, "slow cup"))), own=2)
     place.wait(lambda: len(place.executed()) >= 2)
