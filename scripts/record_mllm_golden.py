@@ -29,17 +29,17 @@ def main() -> None:
     """Record, and say how far it is from what was there."""
     options = parse_arguments()
     sys.path.insert(0, str(options.llava_repo))
+    golden = options.golden
+    described = json.loads((golden / "expected.json").read_text(encoding="utf-8"))
     try:
         from llava.mm_utils import process_images
-        from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM  # noqa: F401 - see `_load`
+
+        model, tokenizer, processor = _load(golden / "checkpoint", described["vision_config"])
     except ImportError as error:
         sys.exit(f"error: --llava-repo {options.llava_repo}: {error}. See this file's beginning for what it needs.")
     import torch
     from safetensors.torch import load_file, save_file
 
-    golden = options.golden
-    described = json.loads((golden / "expected.json").read_text(encoding="utf-8"))
-    model, tokenizer, processor = _load(golden / "checkpoint", described["vision_config"])
     mapping = {key.split(".")[1]: value for key, value in load_file(golden / "mapping.safetensors").items()}
     picture = _on_white(golden / "image.png", golden / "mask.png")
     pixels = process_images([picture], processor, model.config)

@@ -17,6 +17,7 @@ from comfyui_moma.training.probe import load
 
 from workbench import ROOT
 from workbench.side_by_side import SideBySide
+from workbench.small_world import CFG
 
 ABOUT = {
     "definition": 1,
@@ -139,3 +140,11 @@ def test_a_settings_weight_is_that_of_the_image_tokens() -> None:
     ]
     assert torch.allclose(pictures[0], pictures[1], atol=1e-4)
     assert not torch.allclose(pictures[0], pictures[2], atol=1e-2)
+
+
+@pytest.mark.slow
+def test_a_settings_cfg_is_that_of_the_sampler() -> None:
+    drawn = SmallWorld(ROOT / "weights", load(), measured_subjects(1), seeds=1)
+    usual, low = (drawn.draw(Asked(0, "beach", None, Variant(plain=True, cfg=cfg)))[0] for cfg in (CFG, 1.0))
+    assert torch.equal(usual, drawn.draw(Asked(0, "beach", None, Variant(plain=True)))[0])
+    assert not torch.allclose(usual, low, atol=1e-2)
