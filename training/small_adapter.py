@@ -40,11 +40,11 @@ GATE_RATE = 10.0
 TEXTURE_STRENGTH = 0.4
 """Of the shortcut for a new texture: what MoMA's authors advise."""
 
-YIELDING, OVERRULING = (0.2, 0.45), (0.65, 1.0)
+YIELDING, OVERRULING = (0.2, 0.42), (0.55, 1.0)
 """Strengths of the shortcut at which the target is made of what the prompt says, and those at which it keeps its own
 look against the prompt: MoMA's old material stays at full strength."""
 
-OVERRULED_SHARE = 0.25
+OVERRULED_SHARE = 0.4
 """Of the targets that are as they are: so many are said to be made of something."""
 
 EMPHASIS = 3.0

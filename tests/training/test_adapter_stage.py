@@ -256,6 +256,8 @@ def test_the_small_stage_that_was_killed_goes_on_as_if_it_had_not_been(
 def test_the_pairs_show_one_subject_and_say_what_the_target_shows() -> None:
     """But for those whose own look overrules the prompt, at strengths at which no other yields to it."""
     pairs = small_adapter._Pairs(0, 60, 30)
+    (lowest, yields), (overrules, _) = small_adapter.YIELDING, small_adapter.OVERRULING
+    assert lowest < small_adapter.TEXTURE_STRENGTH < yields < overrules
     swapped, overruled, yielding = 0, 0, 0
     for i in range(60):
         row = pairs[i]
@@ -267,10 +269,10 @@ def test_the_pairs_show_one_subject_and_say_what_the_target_shows() -> None:
             name for name, ways in MATERIAL_WORDS.items() if any(re.search(rf"\b{way}\b", row["text"]) for way in ways)
         }
         if target.material:
-            assert target.material in said and 0.2 <= row["strength"] <= 0.45
+            assert target.material in said and lowest <= row["strength"] <= yields
             yielding += 1
         elif row["strength"] < 1:
-            assert said and row["strength"] >= 0.65
+            assert said and row["strength"] >= overrules
             overruled += 1
         swapped += row["target"] % 2 == 0
     assert yielding > 5 and overruled > 5 and 10 < swapped < 50
