@@ -1,9 +1,9 @@
 """The published small world draws its subjects: held-out ones, asked for in places and of materials.
 
-Measured with the published files, two draws of noise: distance 1.40 and 1.41 (the prompt alone: 2.65), place right
-in 15 of 16 pictures, class and material in all, mask 0.81 and 0.79. Each of these fails: the picture at the end of the
-instruction (distance 1.51), keys and values not projected (1.87), the reference in noise (1.89), the mask inverted
-(2.13, and it 0.06).
+Measured with the published files, two draws of noise: distance 1.26 and 1.04 (the prompt alone: 2.65), place right in
+15 of 16 pictures, class and material in all, mask 0.82 and 0.78. Each of these fails: keys and values not projected
+(distance 1.61), the reference in noise (1.85), the mask inverted (2.07, and it 0.08), the picture at the end of the
+instruction (image tokens alone 2.49 in place of 2.34).
 """
 
 from collections.abc import Sequence
@@ -32,11 +32,10 @@ def somewhere(world: SmallWorld) -> list[Read]:
     return [read for i, place in places for read in world.draw(Asked(i, place, None))[1]]
 
 
-@pytest.fixture(scope="module")
-def made_anew(world: SmallWorld) -> list[Read]:
-    """Each of a material."""
-    asked = [(i, MATERIALS[i % len(MATERIALS)]) for i in range(len(CLASSES))]
-    return [read for i, material in asked for read in world.draw(Asked(i, None, material, Variant(strength=0.4)))[1]]
+def made_anew(world: SmallWorld, strength: float) -> list[Read]:
+    """Each subject of a material."""
+    asked = [Asked(i, None, MATERIALS[i % len(MATERIALS)], Variant(strength=strength)) for i in range(len(CLASSES))]
+    return [read for each in asked for read in world.draw(each)[1]]
 
 
 def mean(readings: Sequence[Read], what: str) -> float:
@@ -44,7 +43,16 @@ def mean(readings: Sequence[Read], what: str) -> float:
 
 
 def test_the_subject_comes_through(somewhere: list[Read]) -> None:
-    assert mean(somewhere, "distance") < 1.46, somewhere
+    assert mean(somewhere, "distance") < 1.4, somewhere
+
+
+def test_the_language_models_part_comes_through(world: SmallWorld) -> None:
+    """What the image tokens bring by themselves."""
+    alone = Variant(shortcut=False)
+    drawn = [
+        read for i in range(len(CLASSES)) for read in world.draw(Asked(i, PLACES[i % len(PLACES)], None, alone))[1]
+    ]
+    assert mean(drawn, "distance") < 2.42, drawn
 
 
 def test_the_prompt_decides_where_and_what_it_is(somewhere: list[Read]) -> None:
@@ -57,6 +65,13 @@ def test_the_found_mask_lies_on_the_subject(somewhere: list[Read]) -> None:
     assert len(overlaps) == len(somewhere) and fmean(overlaps) > 0.7, somewhere
 
 
-def test_a_material_takes_the_place_of_the_colours(made_anew: list[Read]) -> None:
-    assert mean(made_anew, "aimed") > 0.8, made_anew
-    assert mean(made_anew, "kind") > 0.9, made_anew
+def test_a_material_takes_the_place_of_the_colours(world: SmallWorld) -> None:
+    made = made_anew(world, 0.4)
+    assert mean(made, "aimed") > 0.8, made
+    assert mean(made, "kind") > 0.9, made
+
+
+def test_the_old_material_stays_at_full_strength(world: SmallWorld) -> None:
+    made = made_anew(world, 1.0)
+    assert mean(made, "aimed") < 0.2, made
+    assert mean(made, "kind") > 0.9, made
