@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +45,16 @@ class Panel:
 
     @property
     def chosen(self) -> Point:
-        """The point nearest to the corner where both are at their best, each scaled to its range over the points."""
+        """The point nearest to the corner where both are at their best, each scaled to its range over the points; to
+        its mean spread over the seeds where that is more, so that chance is not blown up to a difference."""
 
         def distance(point: Point) -> float:
             found = 0.0
             for name in ("likeness", "prompt"):
-                means = [getattr(each, name).mean for each in self.points]
-                reach = max(means) - min(means)
+                figures: list[Figure] = [getattr(each, name) for each in self.points]
+                means = [figure.mean for figure in figures]
+                spread = statistics.fmean(figure.spread or 0.0 for figure in figures)
+                reach = max(max(means) - min(means), spread)
                 found += ((max(means) - getattr(point, name).mean) / reach) ** 2 if reach else 0.0
             return found
 

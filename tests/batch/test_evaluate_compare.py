@@ -143,6 +143,19 @@ def test_a_point_that_is_best_at_one_alone_is_not_chosen() -> None:
     assert panel.chosen.setting == ("1",)
 
 
+def test_what_another_seed_would_change_does_not_choose() -> None:
+    """The prompt is right at all strengths, but for chance; the likeness rises."""
+    pairs = ((0.5, 0.300), (0.7, 0.304), (0.8, 0.301))
+    for chance, chosen in ((0.02, "2"), (0.0, "1")):
+        lines = [
+            line("red", seed, a, b + seed * chance, strength=str(strength))
+            for strength, (a, b) in enumerate(pairs)
+            for seed in (1, 2)
+        ]
+        (panel,) = Study([Evaluation(Path("a"), lines, ABOUT)], by=("strength",)).panels()
+        assert panel.chosen.setting == (chosen,), chance
+
+
 def written(folder: Path) -> Evaluation:
     """The study as files of a run."""
     from moma_batch.evaluate.lines import write_lines
