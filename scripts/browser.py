@@ -85,16 +85,29 @@ class Editor:
         self.close_dialogs()
 
     def add_by_search(self, text: str) -> None:
-        """Empty the graph and add the node that the search finds first, as a double-click on the canvas does."""
-        self.page.evaluate("() => window.app.graph.clear()")
-        self.page.wait_for_timeout(500)
-        self.page.mouse.dblclick(WINDOW["width"] // 2, WINDOW["height"] // 2)
-        self.page.wait_for_timeout(1000)
-        self.page.keyboard.type(text)
-        self.page.wait_for_timeout(2000)
-        self.page.keyboard.press("Enter")
-        self.page.mouse.click(WINDOW["width"] // 3, WINDOW["height"] // 3)
-        self.page.wait_for_function("() => window.app.graph.nodes.length", timeout=WAIT)
+        """Empty the graph and add the node that the search finds first, as a double-click on the canvas does.
+
+        A click or key that comes before the editor is ready for it does nothing, and nothing tells in all versions
+        when it is: what came to nothing is tried again, slower each time.
+
+        Raises:
+            TimeoutError: No attempt added a node.
+        """
+        for pause in (1000, 2000, 4000, 8000, 16_000):
+            self.page.evaluate("() => window.app.graph.clear()")
+            self.page.wait_for_timeout(pause / 2)
+            self.page.mouse.dblclick(WINDOW["width"] // 2, WINDOW["height"] // 2)
+            self.page.wait_for_timeout(pause)
+            self.page.keyboard.type(text)
+            self.page.wait_for_timeout(2 * pause)
+            self.page.keyboard.press("Enter")
+            self.page.mouse.click(WINDOW["width"] // 3, WINDOW["height"] // 3)
+            self.page.wait_for_timeout(pause)
+            if self.page.evaluate("() => window.app.graph.nodes.length"):
+                return
+            self.page.keyboard.press("Escape")
+            self.close_dialogs()
+        raise TimeoutError(f"the editor's search added no node for {text!r}")
 
     def search(self, text: str) -> list[str]:
         """What the editor's search lists for a text, in its order: ids of nodes, titles of blueprints."""
