@@ -33,8 +33,8 @@ def placed(page: str, lines: list[str]) -> str:
 
 
 def truth(kind: str, read: list[Read]) -> float:
-    """What the probe knows of a setting's pictures: how near they are to their own reference; how sure it is of the
-    place or material asked for, which still tells settings apart where all are right."""
+    """What the probe knows of a setting's pictures: how near they are to their own reference; how sure it is of what
+    was asked for, which still tells settings apart where all are right."""
     if kind == "likeness":
         return -statistics.fmean(each.distance for each in read)
     return statistics.fmean(each.sure for each in read)

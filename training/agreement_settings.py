@@ -7,16 +7,24 @@ from workbench.small_world import CFG
 
 from .drawn import Variant
 
-OTHERS = ((0.6, CFG), (1.0, 1.0), (1.0, 1.5), (1.0, 2.0))
-"""Weights with CFGs, at every other strength. A low CFG lets the prompt slip; otherwise nearly all of them come right,
-and there would be nothing to rank."""
+_NO_MASK = "no subject mask"
+OTHERS: tuple[dict[str, Any], ...] = (
+    {"weight": 0.6},
+    {"cfg": 1.5},
+    {"parts": _NO_MASK},
+    {"parts": _NO_MASK, "cfg": 1.5},
+)
+"""Each at every other strength; those without a subject mask up to `FURTHEST`. They let the prompt slip, the more the
+stronger the shortcut is, as the reference's background comes along; otherwise nearly all prompts come right, and there
+would be nothing to rank."""
+FURTHEST = 1.5
 RECOMMENDED = {"context": 1.0, "texture": 0.4}
 """The README's strengths."""
 PARTS = {
     "nothing of MoMA": {"plain": True},
     "no image tokens": {"image_tokens": False},
     "no shortcut": {"shortcut": False},
-    "no subject mask": {"mask": False},
+    _NO_MASK: {"mask": False},
     "prompt not shown to the language model": {"told": False},
 }
 WHOLE = "all"
@@ -51,6 +59,8 @@ def settings(strengths: int) -> list[Setting]:
     found = []
     for task, recommended in RECOMMENDED.items():
         found += [Setting(task, strength) for strength in steps]
-        found += [Setting(task, strength, *other) for other in OTHERS for strength in steps[::2]]
+        for other in OTHERS:
+            reach = FURTHEST if "parts" in other else 1.0
+            found += [Setting(task, round(reach * strength, 3), **other) for strength in steps[::2]]
         found += [Setting(task, recommended, parts=parts) for parts in PARTS]
-    return found
+    return list(dict.fromkeys(found))

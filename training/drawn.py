@@ -40,6 +40,7 @@ class Variant:
         plain: Nothing of it: the prompt alone.
         mask: Whether the conditioning says where the subject's tokens are, without which there is no mask.
         told: Whether the language model is shown the prompt, or only the word.
+        said: Whether the text encoder is.
         strength: Of the shortcut.
         weight: Of the image tokens.
         cfg: Of the sampler.
@@ -53,6 +54,7 @@ class Variant:
     shortcut: bool = True
     mask: bool = True
     told: bool = True
+    said: bool = True
     strength: float = 1.0
     weight: float = 1.0
     cfg: float = CFG
@@ -77,7 +79,8 @@ class Read:
 
     Attributes:
         distance: To the subject's own reference, see `looks`.
-        sure: The share that the probe gives to the place or material asked for, 0..1.
+        sure: The share that the probe gives to all that was asked for together, 0..1: the class with the place or
+            the material.
     """
 
     found: bool
@@ -135,10 +138,11 @@ class SmallWorld:
             combine_subjects, (self._subject(number, word, prompt, variant, i) for i in range(variant.references))
         )
         product = self._product
+        said = prompt if variant.said else _bare(word)
         if variant.mask and not variant.plain:
-            positive = encode_prompt(product.clip, moma, prompt, PROMPT_TEMPLATE).conditioning
+            positive = encode_prompt(product.clip, moma, said, PROMPT_TEMPLATE).conditioning
         else:
-            positive = product.encoded(fill_template(PROMPT_TEMPLATE, word, prompt))
+            positive = product.encoded(fill_template(PROMPT_TEMPLATE, word, said))
         settings = Settings() if variant.plain else self._with(Settings(), moma, variant, _MIDDLE)
         if variant.second:
             other = (number + 1) % len(self._subjects)
@@ -183,7 +187,7 @@ class SmallWorld:
 
     def _subject(self, number: int, word: str, prompt: str, variant: Variant, view: int) -> MomaSubject:
         picture, mask = self._reference(number, view)
-        hidden = subject_hidden_state(self._mllm, picture, mask, word, prompt if variant.told else f"A {word}.")
+        hidden = subject_hidden_state(self._mllm, picture, mask, word, prompt if variant.told else _bare(word))
         shown = (torch.from_numpy(part.copy()) for part in (picture, mask))
         return self._product.subject(hidden, word, prompt, *shown)
 
@@ -203,9 +207,10 @@ class SmallWorld:
         subject = self._subjects[number]
         distances = torch.cdist(looks(reading), self._looks)
         named = {name: logits.argmax(dim=1) for name, logits in reading.named.items()}
-        aim, wanted = ("material", material) if material else ("place", place)
-        shares = reading.named[aim].softmax(dim=1)
-        kind = NAMED["class"].index(subject.name)
+        aim = "material" if material else "place"
+        asked = {"class": subject.name, aim: material or place}
+        at = {name: NAMED[name].index(value) for name, value in asked.items()}
+        sure = torch.stack([reading.named[name].softmax(dim=1)[:, i] for name, i in at.items()]).prod(dim=0)
         shapes = (reading.numbers[:, SHAPE] + 1) / 2 - torch.tensor(subject.shape)
         found = []
         for i, from_all in enumerate(distances):
@@ -217,14 +222,18 @@ class SmallWorld:
                 Read(
                     found=int(from_all.argmin()) == number,
                     distance=float(from_all[number]),
-                    aimed=NAMED[aim][int(named[aim][i])] == wanted,
-                    sure=float(shares[i, NAMED[aim].index(wanted)]),
-                    kind=int(named["class"][i]) == kind,
+                    aimed=int(named[aim][i]) == at[aim],
+                    sure=float(sure[i]),
+                    kind=int(named["class"][i]) == at["class"],
                     shape=float(shapes[i].abs().mean()),
                     overlap=overlap,
                 )
             )
         return found
+
+
+def _bare(word: str) -> str:
+    return f"A {word}."
 
 
 def _box(top: int, left: int, bottom: int, right: int) -> Tensor:

@@ -32,6 +32,12 @@ TRAINED = "trained.json"
 LARGEST = 40_000_000
 """Bytes of all files together."""
 
+GAIN = 1.25
+"""Published gates of the shortcut, as a multiple of the trained ones: a strength of 1 there is 1.25 in training.
+
+The loss makes for shy gates: a mean over all that is not told errs least. Drawn at a strength of 1.25, held-out
+subjects were nearer to their references than at 1, with places as right."""
+
 _MAPPING = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 _STOCK_SCALE = 0.18215
 """What ComfyUI multiplies the latents of SD1.5's VAE by."""
@@ -83,7 +89,7 @@ def export(
     export_checkpoint(folder / CHECKPOINT, vae, base, scale)
     export_mllm(folder / MLLM, reader)
     parts = folder / "adapter.part"
-    save_adapter(adapter.state_dict(), parts, SIDE, torch.float16).replace(folder / ADAPTER)
+    export_adapter(adapter.state_dict(), parts).replace(folder / ADAPTER)
     shutil.rmtree(parts)
     export_examples(folder / "examples")
     trained = json.dumps({"scale": scale, "seen": dict(seen)}, indent=1) + "\n"
@@ -91,6 +97,18 @@ def export(
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if size > LARGEST:
         raise ValueError(f"The files in {folder} have {size:,} bytes together, more than {LARGEST:,}.")
+
+
+def export_adapter(state: Mapping[str, Tensor], folder: Path) -> Path:
+    """Write both forms of the adapter into a folder; the path of the `.safetensors` form.
+
+    Args:
+        state: Of a `TrainableAdapter`, as it was trained.
+
+    Raises:
+        ValueError: A weight does not fit 16 bits.
+    """
+    return save_adapter({**state, GATES: GAIN * state[GATES]}, folder, SIDE, torch.float16)
 
 
 def read_back(folder: Path) -> Published | None:
@@ -116,7 +134,7 @@ def read_back(folder: Path) -> Published | None:
         vae=Start(_rescaled(parts[VAE], _STOCK_SCALE / scale), seen["vae"]),
         diffusion=Start(text_to_image, seen["diffusion"]),
         language=Start({**mllm, **mapping}, seen["language"]),
-        adapter=Start({**adapter, GATES: torch.tensor(read.scales)}, seen["adapter"]),
+        adapter=Start({**adapter, GATES: torch.tensor(read.scales) / GAIN}, seen["adapter"]),
         scale=scale,
     )
 

@@ -35,8 +35,9 @@ class _Probe:
         sized = [picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC) for picture in pictures]
         with torch.inference_mode():
             reading = self._probe(torch.stack([to_tensor(np.asarray(picture)) for picture in sized]))
-        shares = [reading.named[name].softmax(dim=1) for name in _SAID]
-        return {"looks": looks(reading), "words": torch.cat(shares, dim=1)}
+        # Roots of shares: what is read of each has length 1, so that doubt of what no text asked for changes no cosine.
+        words = [reading.named[name].softmax(dim=1).sqrt() for name in _SAID]
+        return {"looks": looks(reading), "words": torch.cat(words, dim=1)}
 
 
 class ProbeLooks(_Probe):

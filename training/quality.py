@@ -163,6 +163,8 @@ def measure(options: argparse.Namespace, drawers: Any) -> None:
                 texture("the prompt alone", Variant(plain=True)),
                 texture("without image tokens", Variant(image_tokens=False, strength=0.4)),
                 texture("language model not shown the prompt", Variant(told=False, strength=0.4)),
+                texture("the prompt to the language model alone", Variant(said=False, strength=0.4)),
+                texture("the prompt to neither", Variant(told=False, said=False, strength=0.4)),
             ],
         ),
     }

@@ -20,11 +20,11 @@ from ..moma_modules.mini.checkpoint import load_mini_checkpoint
 from ..moma_modules.mllm.encode import prompt_ids
 from ..moma_modules.prompt.subject_tokens import PROMPT_TEMPLATE, fill_template
 from .adapter_stage import FrozenUnet, Samples, loss_of
-from .adapter_weights import GATES, TrainableAdapter, first_weights, save_adapter
+from .adapter_weights import GATES, TrainableAdapter, first_weights
 from .data import latent_mask, scene_of, to_tensor
 from .description import SIZE
 from .diffusion import TextToImage, draw_steps, signal_shares
-from .export import export_checkpoint
+from .export import export_adapter, export_checkpoint
 from .language import SubjectReader, reference_pixels, tokenizer_file
 from .latents import Latents
 from .loop import Plan, Start, Training
@@ -47,6 +47,10 @@ often, as there is least to tell them from the former by."""
 
 OVERRULED_SHARE = 0.3
 """Of the targets that are as they are: so many are said to be made of something."""
+
+SILENT_SHARE = 0.3
+"""Of the targets that are made of something: so many texts leave it out. There only the language model is told, so
+that image tokens learn to say it."""
 
 EMPHASIS = 3.0
 """How much more an error on the subject weighs than one elsewhere, where the adapter has nothing to say."""
@@ -84,6 +88,8 @@ class _Pairs(Dataset[dict[str, Any]]):
         elif rng.random() < OVERRULED_SHARE:
             material, strength = rng.choice(MATERIALS), rng.triangular(*OVERRULING, OVERRULING[0])
         told = prompt(word, asked.place, material, rng)
+        silent = asked.material is not None and rng.random() < SILENT_SHARE
+        text = prompt(word, asked.place, None, rng) if silent else told
         picture, mask = paint(scene_of(reference))
         return {
             "reference": reference,
@@ -92,7 +98,7 @@ class _Pairs(Dataset[dict[str, Any]]):
             "reference_mask": torch.from_numpy(mask),
             "mask": latent_mask(paint(asked)[1]),
             "ids": prompt_ids(self._tokenizer, word, told),
-            "text": fill_template(PROMPT_TEMPLATE, word, told),
+            "text": fill_template(PROMPT_TEMPLATE, word, text),
             "word": word,
             "strength": strength,
         }
@@ -200,7 +206,7 @@ def _show(
     shown = folder / "shown"
     checkpoint = shown / CHECKPOINT
     export_checkpoint(checkpoint, vae, base, latents.scale)
-    file = save_adapter(training.averaged(), shown, SIDE, torch.float16)
+    file = export_adapter(training.averaged(), shown)
     asked = questions()
     tokenizer = SentencePieceProcessor(model_proto=tokenizer_file())
     with torch.no_grad():

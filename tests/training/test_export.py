@@ -123,6 +123,15 @@ def test_training_goes_on_from_the_files(world: World) -> None:
     assert export.read_back(world.folder / "nowhere") is None
 
 
+def test_published_gates_are_raised_and_only_they(world: World) -> None:
+    from comfyui_moma.moma_modules.adapter.file import read_adapter
+
+    published, trained = read_adapter(world.folder / ADAPTER), world.adapter
+    assert published.scales == pytest.approx([export.GAIN * gate for gate in trained.gates.tolist()], rel=1e-3)
+    for name, weight in trained.weights.named_parameters():
+        assert torch.allclose(published.tensors[name].float(), weight, atol=1e-3, rtol=1e-3), name
+
+
 def test_weights_that_do_not_fit_16_bits_are_refused(world: World, tmp_path: Path) -> None:
     reader = language.SubjectReader()
     reader.mllm.language.norm.weight.data[0] = 1e6

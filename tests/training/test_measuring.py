@@ -91,6 +91,16 @@ def test_what_a_prompt_leaves_open_counts_for_nothing() -> None:
     assert torch.equal(told[0, :8], told[1, :8]) and not torch.equal(told[0], told[1])
 
 
+def test_doubt_of_what_no_prompt_asked_for_changes_nothing() -> None:
+    """Pictures half-way between two look less like one of two things; how much a prompt's other words count is the
+    same, as every picture's vector is as long."""
+    subjects = measured_subjects(2)
+    pictures = [paint(draw_scene(random.Random("doubt"), subject, "beach"))[0] for subject in subjects]
+    between = np.mean(pictures, axis=0).astype(np.uint8)
+    lengths = ProbeWords().images([Image.fromarray(picture) for picture in (*pictures, between)]).norm(dim=1)
+    assert torch.allclose(lengths, torch.tensor(3.0).sqrt().expand(3))
+
+
 def test_colours_leave_out_what_is_white() -> None:
     def picture(size: int) -> Any:
         pixels = np.full((64, 64, 3), 255, np.uint8)

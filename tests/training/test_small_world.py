@@ -33,8 +33,9 @@ def somewhere(world: SmallWorld) -> list[Read]:
 
 
 def made_anew(world: SmallWorld, strength: float) -> list[Read]:
-    """Each subject of a material."""
-    asked = [Asked(i, None, MATERIALS[i % len(MATERIALS)], Variant(strength=strength)) for i in range(len(CLASSES))]
+    """Each subject of two materials."""
+    made = [(i, MATERIALS[(i + shift) % len(MATERIALS)]) for shift in (0, 2) for i in range(len(CLASSES))]
+    asked = [Asked(i, None, material, Variant(strength=strength)) for i, material in made]
     return [read for each in asked for read in world.draw(each)[1]]
 
 
