@@ -14,7 +14,7 @@ OTHERS: tuple[dict[str, Any], ...] = (
     {"parts": _NO_MASK},
     {"parts": _NO_MASK, "cfg": 1.5},
 )
-"""Each at every other strength; those without a subject mask up to `FURTHEST`. They let the prompt slip, the more the
+"""Each at every other strength; those without a subject mask up to `FURTHEST`. These let the prompt slip, the more the
 stronger the shortcut is, as the reference's background comes along; otherwise nearly all prompts come right, and there
 would be nothing to rank."""
 FURTHEST = 1.5

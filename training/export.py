@@ -36,7 +36,7 @@ GAIN = 1.25
 """Published gates of the shortcut, as a multiple of the trained ones: a strength of 1 there is 1.25 in training.
 
 The loss makes for shy gates: a mean over all that is not told errs least. Drawn at a strength of 1.25, held-out
-subjects were nearer to their references than at 1, with places as right."""
+subjects were nearer to their references than at 1, with 94 % of the places right against 95 %."""
 
 _MAPPING = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 _STOCK_SCALE = 0.18215
