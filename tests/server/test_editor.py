@@ -109,6 +109,19 @@ def test_the_blueprint_is_offered_and_opens(server: ComfyServer, editor: Editor)
     assert editor.errors == []
 
 
+def test_a_search_that_the_editor_was_not_ready_for_is_made_again(editor: Editor) -> None:
+    """Its first double-click is lost, as on a machine that is busy."""
+    swallow = """() => {
+        window.lost = 0
+        const stop = event => { if (window.lost < 2) { event.stopImmediatePropagation(); window.lost += 1 } }
+        window.addEventListener('pointerdown', stop, true)
+    }"""
+    editor.page.evaluate(swallow)
+    editor.add_by_search("Apply MoMA Adapter")
+    assert editor.page.evaluate("() => window.lost") == 2
+    assert editor.page.evaluate("() => app.graph.nodes.map(node => node.type)") == ["MoMAApplyAdapter"]
+
+
 def test_the_blueprint_has_its_widgets_and_keeps_them(editor: Editor) -> None:
     """Opened as a file, changed, saved and opened again."""
     (path,) = (ROOT / "subgraphs").glob("*.json")
