@@ -16,6 +16,8 @@ from .lines import Evaluation, Line
 from .summary import Figure, figure_of
 
 NAME = "study"
+LEAST_REACH = 0.01
+"""Of a figure's best value: settings that differ by less are as good as one another in it."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Panel:
     @property
     def chosen(self) -> Point:
         """The point nearest to the corner where both are at their best, each scaled to its range over the points; to
-        its mean spread over the seeds where that is more, so that chance is not blown up to a difference."""
+        its mean spread over the seeds, or `LEAST_REACH`, where that is more: neither chance nor what nobody would
+        see is blown up to a difference."""
 
         def distance(point: Point) -> float:
             found = 0.0
@@ -54,8 +57,9 @@ class Panel:
                 figures: list[Figure] = [getattr(each, name) for each in self.points]
                 means = [figure.mean for figure in figures]
                 spread = statistics.fmean(figure.spread or 0.0 for figure in figures)
-                reach = max(max(means) - min(means), spread)
-                found += ((max(means) - getattr(point, name).mean) / reach) ** 2 if reach else 0.0
+                best = max(means)
+                reach = max(best - min(means), spread, LEAST_REACH * abs(best))
+                found += ((best - getattr(point, name).mean) / reach) ** 2 if reach else 0.0
             return found
 
         return min(self.points, key=distance)

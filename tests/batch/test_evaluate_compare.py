@@ -156,6 +156,15 @@ def test_what_another_seed_would_change_does_not_choose() -> None:
         assert panel.chosen.setting == (chosen,), chance
 
 
+def test_what_nobody_would_see_does_not_choose() -> None:
+    """All prompts are right, and by both seeds alike: a ten-thousandth less is none of the prompt's doing."""
+    for least, chosen in ((0.2999, "2"), (0.2900, "1")):
+        pairs = ((0.5, 0.3000), (0.7, 0.3000), (0.8, least))
+        lines = [line("red", 1, a, b, strength=str(strength)) for strength, (a, b) in enumerate(pairs)]
+        (panel,) = Study([Evaluation(Path("a"), lines, ABOUT)], by=("strength",)).panels()
+        assert panel.chosen.setting == (chosen,), least
+
+
 def written(folder: Path) -> Evaluation:
     """The study as files of a run."""
     from moma_batch.evaluate.lines import write_lines
