@@ -20,6 +20,9 @@ from .world import SIDE
 _SAID: dict[str, Mapping[str, Sequence[str]]] = {"class": SYNONYMS, "place": PLACE_WORDS, "material": MATERIAL_WORDS}
 """What a prompt says, and in which words."""
 _BINS = 6
+_FILLED, _CUT_OUT = 0.85, 0.7
+"""Of a picture's side: what the painter's subjects never cover; and what they cover on average, at which one that was
+cut out is shown."""
 
 
 class _Probe:
@@ -32,12 +35,25 @@ class _Probe:
         self.about = {"model": FILE.name, "sha256": digest}
 
     def _read(self, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
-        sized = [picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC) for picture in pictures]
+        sized = [_as_painted(picture) for picture in pictures]
         with torch.inference_mode():
             reading = self._probe(torch.stack([to_tensor(np.asarray(picture)) for picture in sized]))
         # Roots of shares: what is read of each has length 1, so that doubt of what no text asked for changes no cosine.
         words = [reading.named[name].softmax(dim=1).sqrt() for name in _SAID]
         return {"looks": looks(reading), "words": torch.cat(words, dim=1)}
+
+
+def _as_painted(picture: Image.Image) -> Image.Image:
+    """At the side of the small world. A subject that was cut out fills its picture, larger than the probe ever saw one:
+    read so, painted pictures of one subject have a likeness of 0.92, and of 0.98 at the size that they are painted at."""
+    coloured = (np.asarray(picture) < 255).any(axis=2)
+    border = np.concatenate([coloured[0], coloured[-1], coloured[:, 0], coloured[:, -1]])
+    reach = max(np.ptp(np.flatnonzero(coloured.any(axis=axis))) + 1 for axis in (0, 1)) if coloured.any() else 0
+    filled = not border.any() and reach > _FILLED * len(coloured)
+    side = round(SIDE * _CUT_OUT) if filled else SIDE
+    shown = Image.new("RGB", (SIDE, SIDE), "white")
+    shown.paste(picture.resize((side, side), Image.Resampling.BICUBIC), ((SIDE - side) // 2,) * 2)
+    return shown
 
 
 class ProbeLooks(_Probe):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from batch.made_run import MASK_NODES, WORKFLOW, MadeRun
 from comfyui_moma.moma_batch.evaluate.evaluation import Measuring
+from comfyui_moma.moma_batch.evaluate.images import views
 from comfyui_moma.moma_batch.evaluate.samples import Run
 from comfyui_moma.training.drawn import measured_subjects
-from comfyui_moma.training.measuring import Colours, ProbeWords, backbones
+from comfyui_moma.training.measuring import Colours, ProbeLooks, ProbeWords, backbones
 from comfyui_moma.training.painter import paint
 from comfyui_moma.training.words import PLACE_WORDS
 from comfyui_moma.training.world import PLACES, draw_scene
@@ -59,6 +60,18 @@ def test_a_wrong_subject_is_the_least_alike(means: dict[str, dict[str, float]], 
     of = means[measure]
     assert of["wrong subject"] + 0.1 < min(of["right"], of["ignored prompt"]) < of["copy"]
     assert abs(of["right"] - of["ignored prompt"]) < 0.1
+
+
+def test_the_probe_reads_a_cut_out_subject_as_it_reads_it_in_its_picture() -> None:
+    """Cut out it fills the picture, which the probe never saw."""
+    probe = ProbeLooks()
+    alike = []
+    for number, subject in enumerate(measured_subjects(16)):
+        painted = (paint(draw_scene(random.Random(f"{number} {place}"), subject, place)) for place in PLACES[:2])
+        cuts = [views(*each).subject for each in painted]
+        one, other = torch.nn.functional.normalize(probe.images([cut for cut in cuts if cut]), dim=-1)
+        alike.append(float(one @ other))
+    assert statistics.fmean(alike) > 0.95
 
 
 def test_an_ignored_prompt_and_a_copy_do_not_follow_it(means: dict[str, dict[str, float]]) -> None:
