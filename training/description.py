@@ -19,6 +19,24 @@ SIZE = sum(len(among) for among in NAMED.values()) + NUMBERS
 """Of the vector; the adapter's embedding size."""
 
 
+SHAPE_WEIGHT = 3.0
+"""Of errors in the shape: it is hard to see, and what is seen of it late would not be learnt."""
+
+
+def part_of(name: str) -> slice:
+    """Where in the vector one of `NAMED` is."""
+    before = list(NAMED)[: list(NAMED).index(name)]
+    first = sum(len(NAMED[other]) for other in before)
+    return slice(first, first + len(NAMED[name]))
+
+
+def weights() -> Tensor:
+    """What errors in the vector weigh in training [SIZE]."""
+    found = torch.ones(SIZE)
+    found[SIZE - NUMBERS :][SHAPE] = SHAPE_WEIGHT
+    return found
+
+
 def names_of(scene: Scene) -> list[int]:
     """What of a scene is one of several, in the order of `NAMED`."""
     values = (scene.subject.name, scene.place, scene.material, scene.subject.pattern)

@@ -24,6 +24,7 @@ from .diffusion import HEADS, TEXT_CONFIG, TextToImage
 from .language import VISION, SubjectReader, language_shape, tokenizer_file
 from .loop import Start, write_whole
 from .painter import paint
+from .vision import PARTS as VISION_PARTS
 from .world import SIDE, draw_scene, draw_subject
 
 TRAINED = "trained.json"
@@ -63,6 +64,7 @@ class Published:
 
     vae: Start
     diffusion: Start
+    vision: Start
     language: Start
     adapter: Start
     scale: float
@@ -130,9 +132,11 @@ def read_back(folder: Path) -> Published | None:
     mapping = {f"mapping.{key}": adapter[f"weights.mapping.{key}"] for key in _MAPPING}
     llava = read_checkpoint(folder / MLLM)
     mllm = {f"mllm.{part}.{key}": value.float() for part in PARTS for key, value in getattr(llava, part).items()}
+    tower = {name: value for name, value in mllm.items() if name.startswith(VISION_PARTS)}
     return Published(
         vae=Start(_rescaled(parts[VAE], _STOCK_SCALE / scale), seen["vae"]),
         diffusion=Start(text_to_image, seen["diffusion"]),
+        vision=Start(tower, seen["vision"]),
         language=Start({**mllm, **mapping}, seen["language"]),
         adapter=Start({**adapter, GATES: torch.tensor(read.scales) / GAIN}, seen["adapter"]),
         scale=scale,

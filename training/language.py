@@ -1,4 +1,4 @@
-"""Stage 3: MoMA's language model, LLaVA in small. It sees the subject, reads the prompt and says what will be seen.
+"""Stage 4: MoMA's language model, LLaVA in small. It sees the subject, reads the prompt and says what will be seen.
 
 As in MoMA's first stage of training, vision tower, language model and mapping learn to give the vector of the picture
 that is asked for (here `description`'s), from the reference on white and the instruction that the product gives.
@@ -22,7 +22,7 @@ from ..moma_modules.mllm.encode import IMAGE_TOKEN, pixel_values, prompt_ids
 from ..moma_modules.mllm.module import MllmModule, fill_constants
 from ..moma_modules.mllm.weights import LanguageShape, VisionShape
 from .data import scene_of
-from .description import SIZE, described
+from .description import SIZE, described, weights
 from .loop import Plan, Start, Training
 from .painter import paint
 from .words import SYNONYMS, prompt
@@ -150,17 +150,22 @@ def _together(rows: list[tuple[Tensor, list[int], Tensor]]) -> tuple[Tensor, lis
 
 
 def train(folder: Path, device: torch.device, plan: Plan = PLAN, start: Start | None = None) -> SubjectReader:
-    """Train, or go on, until the plan is fulfilled: the averaged model."""
+    """Train, or go on, until the plan is fulfilled: the averaged model.
+
+    Args:
+        start: At least the vision tower, see `vision.train`.
+    """
     torch.manual_seed(0)
     training = Training(SubjectReader(), plan, folder, device, start=start)
     subjects = _Asked(training.seen, plan.samples + plan.batch)
     source = iter(DataLoader(subjects, batch_size=plan.batch, collate_fn=_together))
+    counts = weights().to(device)
 
     def loss_of(_: int) -> Tensor:
         pixels, ids, target = next(source)
         with torch.autocast(device.type, torch.bfloat16):
             said = training.module(pixels.to(device), ids)
-        return (said.float() - target.to(device)).square().mean()
+        return ((said.float() - target.to(device)).square() * counts).mean()
 
     training.run(loss_of, lambda: None)
     return training.averaged_module()

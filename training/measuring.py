@@ -44,8 +44,11 @@ class _Probe:
 
 
 def _as_painted(picture: Image.Image) -> Image.Image:
-    """At the side of the small world. A subject that was cut out fills its picture, larger than the probe ever saw one:
-    read so, painted pictures of one subject have a likeness of 0.92, and of 0.98 at the size that they are painted at."""
+    """At the side of the small world.
+
+    A subject that was cut out fills its picture, larger than the probe ever saw one: read so, painted pictures of one
+    subject have a likeness of 0.92, and of 0.98 at the size that they are painted at.
+    """
     coloured = (np.asarray(picture) < 255).any(axis=2)
     border = np.concatenate([coloured[0], coloured[-1], coloured[:, 0], coloured[:, -1]])
     reach = max(np.ptp(np.flatnonzero(coloured.any(axis=axis))) + 1 for axis in (0, 1)) if coloured.any() else 0

@@ -16,7 +16,9 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from comfyui_source import cache_dir
 from inside import comfyui_inside
 
-STAGES = ("vae", "diffusion", "language", "adapter")
+STAGES = ("vae", "diffusion", "vision", "language", "adapter")
+NEEDED = {name: STAGES[:i] for i, name in enumerate(STAGES)} | {"vision": (), "language": ("vision",)}
+"""Those that come before each; what reads references needs none of what draws."""
 PROBE = "probe"
 
 
@@ -31,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--stage",
         choices=(*STAGES, PROBE),
-        help="only this one; those it needs stay as they are (language needs none); probe: what measures them",
+        help="only this one; those it needs stay as they are (vision needs none); probe: what measures them",
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="on a CPU")
     parser.add_argument("--anew", action="store_true", help="from nothing, not from the weights in weights/")
@@ -49,9 +51,9 @@ def main() -> None:
     args.use_pytorch_cross_attention = True  # What ComfyUI takes on a CPU is slower in training.
     bootstrap()
     import torch
-    from comfyui_moma.training import diffusion, export, language, probe, small_adapter, vae
+    from comfyui_moma.training import diffusion, export, language, probe, small_adapter, vae, vision
     from comfyui_moma.training.latents import Latents
-    from comfyui_moma.training.loop import samples_seen
+    from comfyui_moma.training.loop import Start, samples_seen
 
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,13 +64,12 @@ def main() -> None:
     start = None if options.anew else export.read_back(ROOT / "weights")
     plans = {
         name: stage.PLAN.shortened(share if options.stage in (None, name) else 0)
-        for name, stage in zip(STAGES, (vae, diffusion, language, small_adapter), strict=True)
+        for name, stage in zip(STAGES, (vae, diffusion, vision, language, small_adapter), strict=True)
     }
-    if options.stage not in (None, "language"):
-        for name in STAGES[: STAGES.index(options.stage)]:
-            if not samples_seen(folder / name, getattr(start, name, None)):
-                sys.exit(f"error: stage {name} comes before {options.stage}, and {folder} holds nothing of it.")
-    if options.stage != "language":
+    for name in NEEDED.get(options.stage, ()):
+        if not samples_seen(folder / name, getattr(start, name, None)):
+            sys.exit(f"error: stage {name} comes before {options.stage}, and {folder} holds nothing of it.")
+    if options.stage not in ("vision", "language"):
         latents = Latents(folder / "latents.f16", options.pictures, start.scale if start else None)
         if len(latents) == 0 and not start:
             first = replace(vae.ENCODER, samples=min(vae.ENCODER.samples, plans["vae"].samples))
@@ -82,11 +83,20 @@ def main() -> None:
         base = diffusion.train(folder / "diffusion", latents, autoencoder, device, plans["diffusion"], of_diffusion)
         if options.stage == "diffusion":
             return
-    reader = language.train(folder / "language", device, plans["language"], start and start.language)
+    tower = vision.train(folder / "vision", device, plans["vision"], start and start.vision)
+    if options.stage == "vision":
+        return
+    before = Start({**(start.language.weights if start else {}), **tower}, start.language.seen if start else 0)
+    reader = language.train(folder / "language", device, plans["language"], before)
     if options.stage == "language":
         return
     stages = (base, reader, latents, autoencoder)
-    adapter = small_adapter.train(folder / "adapter", *stages, device, plans["adapter"], start and start.adapter)
+    of_adapter = start and start.adapter
+    if start and samples_seen(folder / "language", start.language) > start.language.seen:
+        known = language.SubjectReader()
+        known.load_state_dict(start.language.weights, strict=False)
+        of_adapter = small_adapter.refitted(start.adapter, known.to(device).eval(), reader)
+    adapter = small_adapter.train(folder / "adapter", *stages, device, plans["adapter"], of_adapter)
     seen = {name: samples_seen(folder / name, getattr(start, name, None)) for name in plans}
     export.export(folder / "export", autoencoder, base, reader, adapter, latents.scale, seen)
     print(f"The small world's files are in {folder / 'export'}.")

@@ -1,4 +1,4 @@
-"""Stage 5: the adapter of the small world, on the frozen stages before it.
+"""Stage 6: the adapter of the small world, on the frozen stages before it.
 
 Its rows are pairs of pictures of one subject: a reference that shows it as it is, and a target elsewhere or made of
 something. Masks are the painter's own.
@@ -40,7 +40,7 @@ GATE_RATE = 10.0
 TEXTURE_STRENGTH = 0.4
 """Of the shortcut for a new texture: what MoMA's authors advise."""
 
-YIELDING, OVERRULING = (0.2, 0.41), (0.47, 1.0)
+YIELDING, OVERRULING = (0.2, 0.46), (0.54, 1.0)
 """Strengths of the shortcut at which the target is made of what the prompt says, and those at which it keeps its own
 look against the prompt: MoMA's old material stays at full strength. The latter are drawn near their lower end more
 often, as there is least to tell them from the former by."""
@@ -58,6 +58,10 @@ EMPHASIS = 3.0
 MOST_WEIGHT = 8.0
 """See `early_weights`."""
 
+_REFITTED = 2048
+"""Rows from which a projector is refitted."""
+_RIDGE = 0.01
+"""Of the regression, as a share of the inputs' mean square."""
 _SIZE = SIDE // 8
 _SHOWN = 8
 
@@ -158,6 +162,30 @@ def train(
 
     training.run(loss_of_batch, lambda: _show(training, base, reader, latents, vae, folder))
     return training.averaged_module()
+
+
+@torch.no_grad()
+def refitted(start: Start, before: SubjectReader, reader: SubjectReader) -> Start:
+    """An adapter for a language model that was trained further since, which says the same in other words.
+
+    It gets the model's own mapping, and the projector whose image tokens are the nearest to those of before: ridge
+    regression over rows of the first epoch.
+
+    Args:
+        start: What the adapter was.
+        before: The language model that it knows, with its mapping.
+        reader: The one that it is for.
+    """
+    pairs = DataLoader(_Pairs(0, _REFITTED, _REFITTED), batch_size=PLAN.batch, collate_fn=_together)
+    said = [tuple(each(rows["pixels"], rows["ids"]) for each in (before, reader)) for rows in pairs]
+    known, now = (torch.cat(part).double().cpu() for part in zip(*said, strict=True))
+    name = "weights.projector.proj.weight"
+    tokens = known @ start.weights[name].double().T
+    squares = now.T @ now
+    ridge = _RIDGE * squares.diagonal().mean() * torch.eye(len(squares))
+    weight = torch.linalg.solve(squares + ridge, now.T @ tokens).T
+    mapping = {f"weights.mapping.{key}": value.detach().cpu() for key, value in reader.mapping.state_dict().items()}
+    return replace(start, weights={**start.weights, **mapping, name: weight.float()})
 
 
 @torch.no_grad()

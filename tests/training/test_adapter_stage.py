@@ -11,7 +11,7 @@ from comfyui_moma.moma_modules.adapter.file import read_adapter
 from comfyui_moma.moma_modules.adapter.loading import load_adapter
 from comfyui_moma.moma_modules.mllm.encode import IMAGE_TOKEN
 from comfyui_moma.moma_modules.subject.subject import Subject
-from comfyui_moma.training import adapter_stage, data, loop, small_adapter, validation
+from comfyui_moma.training import adapter_stage, data, export, language, loop, small_adapter, validation
 from comfyui_moma.training.adapter_stage import Factors, FrozenUnet, Samples, factors_of
 from comfyui_moma.training.adapter_weights import TrainableAdapter, first_weights, save_adapter
 from comfyui_moma.training.diffusion import signal_shares
@@ -19,7 +19,9 @@ from comfyui_moma.training.loop import Plan, Training
 from comfyui_moma.training.words import MATERIAL_WORDS
 from random_stages import RandomStages, random_latents
 
+from workbench import ROOT
 from workbench.scene import CONTEXT, WORD_TOKENS, close, moma, negative, positive, sample, tiny_shortcut
+from workbench.small_world import ADAPTER
 from workbench.tiny_models import seeded, tiny_model
 
 pytestmark = pytest.mark.newest
@@ -282,6 +284,36 @@ def test_the_pairs_show_one_subject_and_say_what_the_target_shows() -> None:
         swapped += row["target"] % 2 == 0
     assert yielding > 5 and overruled > 5 and 10 < swapped < 50 and 0 < silent < yielding / 2
     assert pairs[3]["ids"] == pairs[3]["ids"]  # The same each time.
+
+
+def test_an_adapter_keeps_its_image_tokens_where_the_language_model_says_the_same_in_other_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(small_adapter, "_REFITTED", 256)
+    published = export.read_back(ROOT / "weights")
+    assert published is not None
+    known, further = language.SubjectReader(), language.SubjectReader()
+    for reader in (known, further):
+        reader.load_state_dict(published.language.weights, strict=False)
+    torch.manual_seed(0)
+    turned = torch.linalg.qr(torch.randn(small_adapter.SIZE, small_adapter.SIZE)).Q
+    with torch.no_grad():
+        further.mapping.down_proj.weight.copy_(turned @ known.mapping.down_proj.weight)
+    before = published.adapter
+    after = small_adapter.refitted(before, known, further)
+    assert after.seen == before.seen
+    changed = {name for name, value in after.weights.items() if not torch.equal(value, before.weights[name])}
+    assert changed == {"weights.projector.proj.weight", "weights.mapping.down_proj.weight"}
+    rows = small_adapter._together([small_adapter._Pairs(500, 516, 516)[i] for i in range(16)])
+    old, new = (TrainableAdapter(read_adapter(ROOT / "weights" / ADAPTER)) for _ in range(2))
+    new.load_state_dict(after.weights)
+    with torch.no_grad():
+        hidden = further.hidden(rows["pixels"], rows["ids"])
+        spoken, kept = (each.weights.projector(each.embedding(hidden)) for each in (old, new))
+        lost = old.weights.projector(new.embedding(hidden))
+    spread = (spoken - spoken.mean(dim=0)).square().sum()
+    assert (kept - spoken).square().sum() < 0.05 * spread
+    assert (lost - spoken).square().sum() > spread
 
 
 def test_the_sample_sheet_is_made_by_the_product_from_held_out_subjects(

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.newest
 
 CPU = torch.device("cpu")
 SCALE = 2.7
-SEEN = {"vae": 1, "diffusion": 2, "language": 3, "adapter": 4}
+SEEN = {"vae": 1, "diffusion": 2, "vision": 5, "language": 3, "adapter": 4}
 TEXTS = ["photo of a cup. A cup on the moon.", ""]
 
 
@@ -111,10 +111,12 @@ def test_training_goes_on_from_the_files(world: World) -> None:
     found = export.read_back(world.folder)
     assert found is not None
     assert found.scale == SCALE
+    assert {name: getattr(found, name).seen for name in SEEN} == SEEN
+    assert found.vision.weights == {name: found.language.weights[name] for name in found.vision.weights}
+    assert {name.split(".")[1] for name in found.vision.weights} == {"vision", "projector"}
     stages = {"vae": world.vae, "diffusion": world.base, "language": world.reader, "adapter": world.adapter}
     for name, module in stages.items():
         start = getattr(found, name)
-        assert start.seen == SEEN[name]
         state = dict(module.named_parameters())
         assert set(state) <= set(start.weights)
         for key, value in state.items():

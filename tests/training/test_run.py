@@ -33,8 +33,8 @@ def test_one_command_makes_every_file_from_nothing(tmp_path: Path) -> None:
     assert f"The small world's files are in {files}." in made.stdout
     published = read_back(files)
     assert published is not None
-    seen = {name: getattr(published, name).seen for name in ("vae", "diffusion", "language", "adapter")}
-    assert seen == {"vae": 16, "diffusion": 128, "language": 128, "adapter": 32}
+    seen = {name: getattr(published, name).seen for name in ("vae", "diffusion", "vision", "language", "adapter")}
+    assert seen == {"vae": 16, "diffusion": 128, "vision": 32, "language": 128, "adapter": 32}
     load_mini_checkpoint(files / CHECKPOINT)
     mllm, adapter = load_mllm(files / MLLM, "fp32"), load_adapter(files / ADAPTER)
     assert mllm.hidden_size == adapter.sizes.hidden

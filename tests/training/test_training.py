@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from comfyui_moma.training import data, description, diffusion, language, vae, words
+from comfyui_moma.training import data, description, diffusion, language, vae, vision, words
 from comfyui_moma.training.latents import SPREAD, Latents
 from comfyui_moma.training.loop import Plan, Start, Training, samples_seen
 from comfyui_moma.training.painter import paint
@@ -213,6 +213,41 @@ def test_a_step_of_the_language_model_reaches_every_weight_and_reads_picture_wor
     model(torch.stack(pixels), ids[:2]).square().mean().backward()
     lacking = [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
     assert not lacking, lacking
+
+
+def test_the_vision_tower_learns_alone_and_the_language_model_begins_with_it(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    seeing = vision.Seeing()
+    pixels = torch.stack([language.reference_pixels(*paint(data.scene_of(number))) for number in (0, 2)])
+    seen = seeing(pixels)
+    assert seen.shape == (2, description.SIZE)
+    seen.square().mean().backward()
+    reached = {name for name, weight in seeing.named_parameters() if weight.grad is not None and weight.grad.any()}
+    assert reached == {name for name, _ in seeing.named_parameters() if not name.startswith("mllm.language.")}
+    plan = Plan(samples=4, batch=2, rate=1e-2, warm_up=1)
+    tower = vision.train(tmp_path / "vision", CPU, plan)
+    assert {name.rpartition(".")[0].split(".")[1] for name in tower} == {"vision", "projector"}
+    begun = language.train(
+        tmp_path / "language", CPU, Plan(samples=0, batch=2, rate=1e-3), Start(tower, 0)
+    ).state_dict()
+    assert all(torch.equal(begun[name], value) for name, value in tower.items())
+    torch.manual_seed(0)
+    drawn = vision.Seeing().state_dict()
+    assert not any(torch.equal(drawn[name], value) for name, value in tower.items() if name.endswith("proj.weight"))
+
+
+def test_what_is_seen_of_a_reference_counts_by_what_it_is() -> None:
+    counts, place = description.weights(), description.part_of("place")
+    assert counts.shape == (description.SIZE,)
+    somewhere, elsewhere = (
+        description.described(draw_scene(random.Random(1), draw_subject(random.Random(2)), where))
+        for where in ("moon", "snow")
+    )
+    assert {int(i) for i in (somewhere != elsewhere).nonzero()} <= set(range(place.start, place.stop))
+    round_, square = (replace(draw_subject(random.Random(2)), shape=shape) for shape in ((0.1, 0.2), (0.9, 0.7)))
+    one, other = (description.described(draw_scene(random.Random(1), thing, "moon")) for thing in (round_, square))
+    assert counts[one != other].tolist() == [description.SHAPE_WEIGHT] * 2
+    assert counts[one == other].unique().tolist() == [1.0]
 
 
 def test_latents_are_encoded_once_and_fewer_may_be_wanted_later(tmp_path: Path) -> None:
