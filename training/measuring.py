@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..moma_batch.evaluate.backbones import Backbone
@@ -49,10 +49,9 @@ def _as_painted(picture: Image.Image) -> Image.Image:
     A subject that was cut out fills its picture, larger than the probe ever saw one: read so, painted pictures of one
     subject have a likeness of 0.92, and of 0.98 at the size that they are painted at.
     """
-    coloured = (np.asarray(picture) < 255).any(axis=2)
-    border = np.concatenate([coloured[0], coloured[-1], coloured[:, 0], coloured[:, -1]])
-    reach = max(np.ptp(np.flatnonzero(coloured.any(axis=axis))) + 1 for axis in (0, 1)) if coloured.any() else 0
-    filled = not border.any() and reach > _FILLED * len(coloured)
+    box = ImageOps.invert(picture.convert("L")).getbbox() or (0, 0, 0, 0)
+    inside = min(box[:2]) > 0 and box[2] < picture.width and box[3] < picture.height
+    filled = inside and max(box[2] - box[0], box[3] - box[1]) > _FILLED * picture.width
     side = round(SIDE * _CUT_OUT) if filled else SIDE
     shown = Image.new("RGB", (SIDE, SIDE), "white")
     shown.paste(picture.resize((side, side), Image.Resampling.BICUBIC), ((SIDE - side) // 2,) * 2)
