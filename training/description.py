@@ -20,7 +20,7 @@ SIZE = sum(len(among) for among in NAMED.values()) + NUMBERS
 
 
 SHAPE_WEIGHT = 3.0
-"""Of errors in the shape: it is hard to see, and what is seen of it late would not be learnt."""
+"""Of errors in the shape, which is the hardest to see."""
 
 
 def part_of(name: str) -> slice:

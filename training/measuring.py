@@ -47,7 +47,7 @@ def _as_painted(picture: Image.Image) -> Image.Image:
     """At the side of the small world.
 
     A subject that was cut out fills its picture, larger than the probe ever saw one: read so, painted pictures of one
-    subject have a likeness of 0.92, and of 0.98 at the size that they are painted at.
+    subject have a likeness of 0.95, and of 0.99 at the size that they are painted at (48 pairs).
     """
     box = ImageOps.invert(picture.convert("L")).getbbox() or (0, 0, 0, 0)
     inside = min(box[:2]) > 0 and box[2] < picture.width and box[3] < picture.height

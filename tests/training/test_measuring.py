@@ -62,16 +62,17 @@ def test_a_wrong_subject_is_the_least_alike(means: dict[str, dict[str, float]], 
     assert abs(of["right"] - of["ignored prompt"]) < 0.1
 
 
-def test_the_probe_reads_a_cut_out_subject_as_it_reads_it_in_its_picture() -> None:
-    """Cut out it fills the picture, which the probe never saw."""
+def test_the_probe_sees_a_cut_out_subject_at_the_size_that_it_knows() -> None:
+    """Of one painted subject here and there it says nearly the same (0.99); larger, as cut out, it said less (0.95)."""
     probe = ProbeLooks()
     alike = []
     for number, subject in enumerate(measured_subjects(16)):
-        painted = (paint(draw_scene(random.Random(f"{number} {place}"), subject, place)) for place in PLACES[:2])
-        cuts = [views(*each).subject for each in painted]
-        one, other = torch.nn.functional.normalize(probe.images([cut for cut in cuts if cut]), dim=-1)
-        alike.append(float(one @ other))
-    assert statistics.fmean(alike) > 0.95
+        rng = random.Random(f"{number}")
+        for place in PLACES[:3]:
+            cuts = [views(*paint(draw_scene(rng, subject, where))).subject for where in (None, place)]
+            one, other = torch.nn.functional.normalize(probe.images([cut for cut in cuts if cut]), dim=-1)
+            alike.append(float(one @ other))
+    assert statistics.fmean(alike) > 0.975
 
 
 def test_an_ignored_prompt_and_a_copy_do_not_follow_it(means: dict[str, dict[str, float]]) -> None:
