@@ -92,7 +92,8 @@ def main() -> None:
         return
     stages = (base, reader, latents, autoencoder)
     of_adapter = start and start.adapter
-    if start and samples_seen(folder / "language", start.language) > start.language.seen:
+    begun = samples_seen(folder / "adapter", None)
+    if start and not begun and samples_seen(folder / "language", start.language) > start.language.seen:
         known = language.SubjectReader()
         known.load_state_dict(start.language.weights, strict=False)
         of_adapter = small_adapter.refitted(start.adapter, known.to(device).eval(), reader)
