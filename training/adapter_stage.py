@@ -196,8 +196,27 @@ def loss_of(
         weights: Of the rows' squared errors [R]; 1 where None.
         emphasis: How much more an error on the subject weighs than one elsewhere.
     """
+    noise = torch.randn(samples.clean.shape).to(samples.clean.device)
+    errors = squared_errors(frozen, adapter, samples, steps, empty_text, noise)
+    errors = (errors * (1 + emphasis * samples.masks[:, None])).mean(dim=(1, 2, 3))
+    return (errors if weights is None else errors * weights).mean()
+
+
+def squared_errors(
+    frozen: FrozenUnet,
+    adapter: TrainableAdapter,
+    samples: Samples,
+    steps: Tensor,
+    empty_text: Tensor,
+    noise: Tensor,
+) -> Tensor:
+    """Those of the guess at this noise in these rows at these steps [R, 4, h, w]; drops come from torch's generator.
+
+    Args:
+        empty_text: Text embedding of the empty prompt [1, L, context].
+    """
     rows, device = len(samples.clean), samples.clean.device
-    noise, reference_noise = (torch.randn(part.shape).to(device) for part in (samples.clean, samples.references))
+    reference_noise = torch.randn(samples.references.shape).to(device)
     drawn = torch.rand(rows).to(device)
     no_image = (drawn < NO_IMAGE) | (drawn >= 1 - NEITHER)
     no_text = ((drawn >= NO_IMAGE) & (drawn < NO_IMAGE + NO_TEXT)) | (drawn >= 1 - NEITHER)
@@ -208,9 +227,7 @@ def loss_of(
     embeddings = adapter.embedding(samples.hidden) * ~no_image[:, None]
     seen = frozen.look(samples.references, reference_noise, samples.words, samples.reference_masks)
     noisy = frozen.noised(samples.clean, steps, noise)
-    guess = frozen.noise_in(adapter, noisy, steps, texts, embeddings, seen, factors)
-    errors = ((guess - noise).square() * (1 + emphasis * samples.masks[:, None])).mean(dim=(1, 2, 3))
-    return (errors if weights is None else errors * weights).mean()
+    return (frozen.noise_in(adapter, noisy, steps, texts, embeddings, seen, factors) - noise).square()
 
 
 def factors_of(masks: Tensor, strengths: Tensor, steps: Tensor, of_mask: Tensor, of_shortcut: Tensor) -> Factors:

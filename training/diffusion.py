@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ from torch import Tensor, nn
 
 from workbench.tiny_models import unet_config
 
-from .data import caption_of, latent_mask, scene_of
+from .data import caption_of, latent_mask, scene_of, to_tensor
 from .latents import Latents
 from .localised import WordAttention, word_places
 from .loop import Plan, Start, Training
 from .painter import paint
+from .shapes import pair_loss, pair_noise, pair_steps, shape_pair
 from .vae import initialise, save_sheet
-from .words import PLACE_WORDS, SYNONYMS
-from .world import CLASSES, PLACES
+from .words import PLACE_WORDS, SYNONYMS, caption
+from .world import CLASSES, PLACES, Scene
 
 CONTEXT = 64
 UNET = {"block_out_channels": [96, 96, 96, 96], "cross_attention_dim": CONTEXT}
@@ -39,6 +41,9 @@ TEXT_CONFIG: dict[str, Any] = {
 PLAN = Plan(samples=1_000_000, batch=32, rate=1.5e-3, warm_up=50, ema=0.995, muon=4e-3)
 LOCALISED = 0.1
 """Weight of the loss that asks the attention to the class's word all over the thing, see `localised.py`."""
+
+SHAPED_SHARE, SHAPES = 0.625, 0.2
+"""Of a batch's rows: so many are pairs that differ in shape alone, see `shapes.py`, and the weight of their loss."""
 
 _NO_TEXT = 0.1
 """How often the text is left out, for classifier-free guidance."""
@@ -132,20 +137,39 @@ def train(
     training = Training(TextToImage(), plan, folder, device, start=start)
     model: Any = training.module
 
+    def noise_in(noisy: Tensor, steps: Tensor, texts: list[str], seen: WordAttention | None = None) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return model(noisy, steps, model.encode(texts, device), seen).float()
+
+    pairs = int(plan.batch * SHAPED_SHARE / 2)
+    count = plan.batch - 2 * pairs
+
     def loss_of(seen: int) -> Tensor:
-        numbers = torch.randint(0, len(latents), (plan.batch,))
+        numbers = torch.randint(0, len(latents), (count,))
         clean = latents.take(numbers).to(device)
         texts = [caption_of(int(number), seen + i) for i, number in enumerate(numbers)]
-        texts = ["" if drop else text for text, drop in zip(texts, torch.rand(plan.batch) < _NO_TEXT, strict=True)]
+        texts = ["" if drop else text for text, drop in zip(texts, torch.rand(count) < _NO_TEXT, strict=True)]
         attended = _word_attention([int(number) for number in numbers], texts, device)
-        steps, noise = draw_steps(plan.batch).to(device), torch.randn(clean.shape).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            guess = model(noised(clean, steps, noise), steps, model.encode(texts, device), attended)
-        errors = (guess.float() - noise).square().mean(dim=(1, 2, 3))
-        return (errors * loss_weights(steps)).mean() + LOCALISED * attended.loss
+        steps, noise = draw_steps(count).to(device), torch.randn(clean.shape).to(device)
+        guess = noise_in(noised(clean, steps, noise), steps, texts, attended)
+        errors = (guess - noise).square().mean(dim=(1, 2, 3))
+        return (errors * loss_weights(steps)).mean() + LOCALISED * attended.loss + SHAPES * of_shapes(seen)
+
+    def of_shapes(seen: int) -> Tensor:
+        rows = [row for i in range(pairs) for row in _told_pair(random.Random(f"shapes {seen + i}"))]
+        clean = latents.encoded(torch.stack([to_tensor(paint(scene)[0]) for scene, _ in rows]), vae, device)
+        steps, noise = pair_steps(pairs).to(device), pair_noise(clean)
+        guess = noise_in(noised(clean, steps, noise), steps, [text for _, text in rows])
+        return pair_loss((guess - noise).square(), clean, signal_shares().to(device)[steps])
 
     training.run(loss_of, lambda: _sheet(training, latents, vae, folder / "samples.png"))
     return training.averaged_module()
+
+
+def _told_pair(rng: random.Random) -> list[tuple[Scene, str]]:
+    """Two scenes that differ in a shape alone, and what is said of each: that, and all else in the same words."""
+    scenes, seed = shape_pair(rng), rng.random()
+    return [(scene, caption(scene, random.Random(seed), shaped_share=1)) for scene in scenes]
 
 
 @torch.no_grad()

@@ -47,6 +47,7 @@ class Variant:
         references: How many pictures of the subject are combined.
         region: Whether a region mask keeps the subject to the middle of the picture.
         second: Whether the next subject is attached too, kept to a corner of the picture where nothing is asked for.
+        shape: Of the subject, in place of its own.
     """
 
     plain: bool = False
@@ -61,6 +62,7 @@ class Variant:
     references: int = 1
     region: bool = False
     second: bool = False
+    shape: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Read:
         distance: To the subject's own reference, see `looks`.
         sure: The share that the probe gives to all that was asked for together, 0..1: the class with the place or
             the material.
+        shape: Mean error of the two numbers of the subject's shape.
+        shapes: These two as the probe reads them, 0..1; a little beyond is possible.
     """
 
     found: bool
@@ -89,6 +93,7 @@ class Read:
     sure: float
     kind: bool
     shape: float
+    shapes: tuple[float, float]
     overlap: float | None
 
 
@@ -154,17 +159,18 @@ class SmallWorld:
         pictures = product.pictures(samples)
         run = None if variant.plain or not variant.mask else moma.runs.find(samples)
         masks = None if run is None else run.masks[moma.key].float().cpu()
-        return pictures, self._read(number, self._probe(pictures), masks, place, material)
+        return pictures, self._read(asked, self._probe(pictures), masks)
 
-    def painted(self, number: int, place: str | None, material: str | None) -> list[Read]:
+    def painted(self, asked: Asked) -> list[Read]:
         """What is read in pictures of the painter's own, one for each seed: the best that drawn ones can come to."""
-        asked = (self._subjects[number], place, material)
-        scenes = [paint(draw_scene(random.Random(f"painted {number} {i}"), *asked)) for i in range(len(self._noise))]
+        number, place, material = asked.number, asked.place, asked.material
+        shown = (self._thing(number, asked.variant), place, material)
+        scenes = [paint(draw_scene(random.Random(f"painted {number} {i}"), *shown)) for i in range(len(self._noise))]
         covered = torch.stack([torch.from_numpy(mask.copy()).float() for _, mask in scenes])
         masks = avg_pool2d(covered, SIDE // MASK_SIDE)
         with torch.inference_mode():
             reading = self._probe(torch.stack([to_tensor(picture) for picture, _ in scenes]))
-        return self._read(number, reading, masks, place, material)
+        return self._read(asked, reading, masks)
 
     def prompt(self, number: int, place: str | None, material: str | None) -> str:
         """What asks for a subject in a place or of a material."""
@@ -172,21 +178,29 @@ class SmallWorld:
         where = f" {PLACE_WORDS[place][0]}" if place else ""
         return f"A {SYNONYMS[self._subjects[number].name][0]}{made}{where}."
 
-    def reference(self, number: int) -> Tensor:
-        """A subject's first reference [3, SIDE, SIDE] in -1..1."""
-        return self.shown(number)[0]
+    def shape(self, number: int) -> tuple[float, float]:
+        """A subject's own shape."""
+        return self._subjects[number].shape
+
+    def reference(self, number: int, variant: Variant | None = None) -> Tensor:
+        """A subject's first reference [3, SIDE, SIDE] in -1..1, with the shape that the variant gives it."""
+        return to_tensor(self._reference(number, variant=variant)[0])
 
     def shown(self, number: int) -> tuple[Tensor, Tensor]:
         """A subject's first reference, and its mask [SIDE, SIDE]."""
         picture, mask = self._reference(number)
         return to_tensor(picture), torch.from_numpy(mask.copy())
 
-    def _reference(self, number: int, view: int = 0) -> tuple[Any, Any]:
+    def _reference(self, number: int, view: int = 0, variant: Variant | None = None) -> tuple[Any, Any]:
         rng = random.Random(f"reference {number}" if not view else f"reference {number} {view}")
-        return paint(draw_scene(rng, self._subjects[number], None))
+        return paint(draw_scene(rng, self._thing(number, variant), None))
+
+    def _thing(self, number: int, variant: Variant | None) -> Subject:
+        subject = self._subjects[number]
+        return replace(subject, shape=variant.shape) if variant and variant.shape else subject
 
     def _subject(self, number: int, word: str, prompt: str, variant: Variant, view: int) -> MomaSubject:
-        picture, mask = self._reference(number, view)
+        picture, mask = self._reference(number, view, variant)
         hidden = subject_hidden_state(self._mllm, picture, mask, word, prompt if variant.told else _bare(word))
         shown = (torch.from_numpy(part.copy()) for part in (picture, mask))
         return self._product.subject(hidden, word, prompt, *shown)
@@ -201,17 +215,16 @@ class SmallWorld:
             parts["shortcut"] = replace(shortcut, window=replace(window, start=shortcut.window.start))
         return settings.with_subject(subject, self._product.adapter, **parts)
 
-    def _read(
-        self, number: int, reading: Reading, masks: Tensor | None, place: str | None, material: str | None
-    ) -> list[Read]:
-        subject = self._subjects[number]
+    def _read(self, asked: Asked, reading: Reading, masks: Tensor | None) -> list[Read]:
+        number, subject = asked.number, self._thing(asked.number, asked.variant)
         distances = torch.cdist(looks(reading), self._looks)
         named = {name: logits.argmax(dim=1) for name, logits in reading.named.items()}
-        aim = "material" if material else "place"
-        asked = {"class": subject.name, aim: material or place}
-        at = {name: NAMED[name].index(value) for name, value in asked.items()}
+        aim = "material" if asked.material else "place"
+        wanted = {"class": subject.name, aim: asked.material or asked.place}
+        at = {name: NAMED[name].index(value) for name, value in wanted.items()}
         sure = torch.stack([reading.named[name].softmax(dim=1)[:, i] for name, i in at.items()]).prod(dim=0)
-        shapes = (reading.numbers[:, SHAPE] + 1) / 2 - torch.tensor(subject.shape)
+        shapes = (reading.numbers[:, SHAPE] + 1) / 2
+        errors = (shapes - torch.tensor(subject.shape)).abs().mean(dim=1)
         found = []
         for i, from_all in enumerate(distances):
             overlap = None
@@ -225,7 +238,8 @@ class SmallWorld:
                     aimed=int(named[aim][i]) == at[aim],
                     sure=float(sure[i]),
                     kind=int(named["class"][i]) == at["class"],
-                    shape=float(shapes[i].abs().mean()),
+                    shape=float(errors[i]),
+                    shapes=(float(shapes[i][0]), float(shapes[i][1])),
                     overlap=overlap,
                 )
             )

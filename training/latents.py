@@ -44,9 +44,7 @@ class Latents:
         for pictures in DataLoader(source, batch_size=_BATCH):
             if self._done >= total:
                 break
-            with torch.autocast(device.type, torch.bfloat16):
-                shown = pictures.to(device, memory_format=torch.channels_last)
-                found = vae.encode(shown).float().cpu().half().numpy()
+            found = _encoded(pictures, vae, device).cpu().half().numpy()
             end = min(self._done + _BATCH, total)
             self._values[self._done : end] = found[: end - self._done]
             self._done = end
@@ -66,6 +64,16 @@ class Latents:
         """Scaled latents [N, 4, 16, 16] of these pictures."""
         return torch.from_numpy(self._values[numbers.numpy()].astype(np.float32)) * self.scale
 
+    @torch.no_grad()
+    def encoded(self, pictures: Tensor, vae: Any, device: torch.device) -> Tensor:
+        """Scaled latents of pictures [N, 3, H, W] that are not among these."""
+        return _encoded(pictures, vae, device) * self.scale
+
     def unscaled(self, latents: Tensor) -> Tensor:
         """Scaled latents as the decoder takes them."""
         return latents / self.scale
+
+
+def _encoded(pictures: Tensor, vae: Any, device: torch.device) -> Tensor:
+    with torch.autocast(device.type, torch.bfloat16):
+        return vae.encode(pictures.to(device, memory_format=torch.channels_last)).float()

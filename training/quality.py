@@ -20,8 +20,12 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from inside import comfyui_inside
 
 DOCS = ROOT / "docs"
-CURVES, SHEET = "images/quality_strengths.png", "images/quality_pictures.png"
+CURVES, SHEET, SHAPES = "images/quality_strengths.png", "images/quality_pictures.png", "images/quality_shapes.png"
 STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+ENDS = (0.05, 0.95)
+"""Near both ends of what a number of a shape can be."""
+SHAPED = 16
+"""Subjects whose shape is changed to see whether the pictures follow."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -78,6 +82,42 @@ class Row:
         return f"| {self.name} | {self.pictures} | {shares} | {self.shape:.2f} | {overlap} |"
 
 
+@dataclass(frozen=True)
+class ShapeRow:
+    """How far pictures follow a reference whose shape alone is changed, one line of its table.
+
+    Attributes:
+        read: For each number of the shape: the mean that the probe reads where it is near 0 in the reference, and where
+            it is near 1.
+    """
+
+    name: str
+    pictures: int
+    read: tuple[tuple[float, float], tuple[float, float]]
+
+    @classmethod
+    def of(cls, name: str, readings: dict[tuple[int, float], list[Any]]) -> "ShapeRow":
+        """From `drawn.Read` of the pictures for each number of the shape and each of `ENDS`."""
+
+        def mean(number: int, end: float) -> float:
+            return sum(each.shapes[number] for each in readings[number, end]) / len(readings[number, end])
+
+        first, second = ((mean(number, ENDS[0]), mean(number, ENDS[1])) for number in (0, 1))
+        row = cls(name, sum(map(len, readings.values())), (first, second))
+        print(name, row.pictures, row.read, flush=True)
+        return row
+
+    def line(self, painted: "ShapeRow") -> str:
+        """As a line of a Markdown table, held against the painter's own pictures."""
+        numbers = " | ".join(f"{low:.2f} to {high:.2f}" for low, high in self.read)
+        return f"| {self.name} | {self.pictures} | {numbers} | {self.moved / painted.moved:.0%} |"
+
+    @property
+    def moved(self) -> float:
+        """The change from end to end, of both numbers together."""
+        return sum(high - low for low, high in self.read)
+
+
 def main() -> None:
     """Measure and write the page."""
     options = parse_arguments()
@@ -118,8 +158,25 @@ def measure(options: argparse.Namespace, drawers: Any) -> None:
     def texture(name: str, used: Variant, count: int = few) -> Row:
         return drawn(name, [Asked(i, None, what, used) for i in range(count) for what in MATERIALS])
 
-    def painted(asked: list[tuple[int, str | None, str | None]]) -> Row:
-        return Row.of("painted, not drawn", [read for each in asked for read in world.painted(*each)])
+    def painted(asked: list[Asked]) -> Row:
+        return Row.of("painted, not drawn", [read for each in asked for read in world.painted(each)])
+
+    def shaped(used: Variant, number: int, end: float, material: bool = False) -> list[Asked]:
+        asked = []
+        for i in range(min(SHAPED, options.subjects)):
+            other = world.shape(i)[1 - number]
+            variant = replace(used, shape=(end, other) if number == 0 else (other, end))
+            made = MATERIALS[i % len(MATERIALS)] if material else None
+            asked.append(Asked(i, None if material else places[i][0], made, variant))
+        return asked
+
+    def follows(name: str, used: Variant, material: bool = False) -> ShapeRow:
+        """Whether drawn pictures do."""
+        cases = [(number, end) for number in (0, 1) for end in ENDS]
+        asked = {case: drawers.map(shaped(used, *case, material)) for case in cases}
+        return ShapeRow.of(
+            name, {case: [read for _, reads in found for read in reads] for case, found in asked.items()}
+        )
 
     everyone = range(options.subjects)
     curves = {
@@ -137,7 +194,7 @@ def measure(options: argparse.Namespace, drawers: Any) -> None:
             "place",
             [
                 context("**MoMA**", Variant(), options.subjects),
-                painted([(i, where, None) for i in everyone for where in places[i]]),
+                painted([Asked(i, where, None) for i in everyone for where in places[i]]),
                 compared("New context, by strength", 1.0),
                 context("the prompt alone", Variant(plain=True)),
                 context("without image tokens", Variant(image_tokens=False)),
@@ -158,7 +215,7 @@ def measure(options: argparse.Namespace, drawers: Any) -> None:
             "material",
             [
                 texture("**MoMA**", Variant(strength=0.4), options.subjects),
-                painted([(i, None, what) for i in everyone for what in MATERIALS]),
+                painted([Asked(i, None, what) for i in everyone for what in MATERIALS]),
                 compared("New texture, by strength", 0.4),
                 texture("the prompt alone", Variant(plain=True)),
                 texture("without image tokens", Variant(image_tokens=False, strength=0.4)),
@@ -168,6 +225,15 @@ def measure(options: argparse.Namespace, drawers: Any) -> None:
             ],
         ),
     }
+    at_ends = {(number, end): shaped(Variant(), number, end) for number in (0, 1) for end in ENDS}
+    by_painter = {case: [read for each in asked for read in world.painted(each)] for case, asked in at_ends.items()}
+    shapes = [
+        ShapeRow.of("painted, not drawn", by_painter),
+        follows("**MoMA**, new context", Variant()),
+        follows("**MoMA**, new texture (strength 0.4)", Variant(strength=0.4), material=True),
+        follows("new context without image tokens", Variant(image_tokens=False)),
+        follows("new context without the shortcut", Variant(shortcut=False)),
+    ]
     _draw_curves(options.docs / CURVES, curves)
     shown = []
     for i in range(min(8, options.subjects)):
@@ -175,8 +241,14 @@ def measure(options: argparse.Namespace, drawers: Any) -> None:
         asked.append(Asked(i, None, MATERIALS[i % len(MATERIALS)], Variant(strength=0.4)))
         shown.append(torch.stack([world.reference(i), *(pictures[0] for pictures, _ in drawers.map(asked))]))
     save_sheet(options.docs / SHEET, list(torch.stack(shown).transpose(0, 1)))
+    rows = []
+    for case in ((0, ENDS[0]), (0, ENDS[1])):
+        asked = shaped(Variant(), *case)[:8]
+        rows.append(torch.stack([world.reference(each.number, each.variant) for each in asked]))
+        rows.append(torch.stack([pictures[0] for pictures, _ in drawers.map(asked)]))
+    save_sheet(options.docs / SHAPES, rows)
     trained = json.loads((options.files / "trained.json").read_text("utf-8"))["seen"]
-    text = _page(options, tables | curves, trained, time.monotonic() - began)
+    text = _page(options, tables | curves, shapes, trained, time.monotonic() - began)
     page = options.docs / "quality.md"
     agreement = part_of(page.read_text(encoding="utf-8")) if page.is_file() else ""
     page.write_text(f"{text}\n{agreement}" if agreement else text, encoding="utf-8")
@@ -209,6 +281,7 @@ def _draw_curves(path: Path, curves: dict[str, tuple[str, list[Row]]]) -> None:
 def _page(
     options: argparse.Namespace,
     tables: dict[str, tuple[str, list[Row]]],
+    shapes: list[ShapeRow],
     trained: dict[str, int],
     seconds: float,
 ) -> str:
@@ -226,7 +299,8 @@ def _page(
         f"- *Found*: the subject's own reference is the nearest of all {options.subjects} by what a probe reads: "
         "class, colours, pattern, shape. The probe learnt from pictures of its own.",
         "- *Place*, *material*, *class right*: what the probe reads is what was asked for.",
-        "- *Shape*: mean error of the two numbers that make a subject's shape, 0..1; 0.33 is a guess.",
+        "- *Shape*: mean error of the two numbers that make a subject's shape, 0..1; 0.33 is a guess. The probe reads "
+        "them roughly itself; the last table tells better what comes through.",
         "- *Painted, not drawn*: the painter's own pictures of these subjects: the most that the probe can find.",
         "- *Mask*: overlap (IoU) of the mask that MoMA found with where the probe sees the subject.",
         "",
@@ -236,6 +310,21 @@ def _page(
         lines += ["", f"## {title}", "", f"| | pictures | found | {aim} right | class right | shape | mask |"]
         lines += ["| --- | --- | --- | --- | --- | --- | --- |", *(row.line() for row in rows)]
     lines += ["", f"![Both by strength]({CURVES})"]
+    lines += [
+        "",
+        "## Shape",
+        "",
+        f"Two references of a subject that differ in one number of its shape alone, near 0 ({ENDS[0]:g}) and near 1 "
+        f"({ENDS[1]:g}), prompt and noise the same: what the probe reads in the pictures, as a mean over the first "
+        f"{min(SHAPED, options.subjects)} subjects. *Followed*: the change from near 0 to near 1, both numbers "
+        "together, as a share of that in the painter's own pictures.",
+        "",
+        "| | pictures | first number | second number | followed |",
+        "| --- | --- | --- | --- | --- |",
+        *(row.line(shapes[0]) for row in shapes),
+        "",
+        f"![References near 0, what is drawn of them, references near 1, what is drawn of them]({SHAPES})",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -1,10 +1,12 @@
 """Stage 6: the adapter of the small world, on the frozen stages before it.
 
-Its rows are pairs of pictures of one subject: a reference that shows it as it is, and a target elsewhere or made of
-something. Masks are the painter's own.
+Its rows have two pictures of one subject: a reference that shows it as it is, and a target elsewhere or made of
+something. Some rows come in pairs that differ in the subject's shape alone, see `shapes.py`. Masks are the painter's.
 """
 
+import functools
 import random
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from workbench.small_world import CHECKPOINT
 from ..moma_modules.mini.checkpoint import load_mini_checkpoint
 from ..moma_modules.mllm.encode import prompt_ids
 from ..moma_modules.prompt.subject_tokens import PROMPT_TEMPLATE, fill_template
-from .adapter_stage import FrozenUnet, Samples, loss_of
+from .adapter_stage import FrozenUnet, Samples, loss_of, squared_errors
 from .adapter_weights import GATES, TrainableAdapter, first_weights
 from .data import latent_mask, scene_of, to_tensor
 from .description import SIZE
@@ -29,11 +31,12 @@ from .language import SubjectReader, reference_pixels, tokenizer_file
 from .latents import Latents
 from .loop import Plan, Start, Training
 from .painter import paint
+from .shapes import pair_loss, pair_noise, pair_steps, shape_pair
 from .validation import Question, answered, sheet
 from .words import MATERIAL_WORDS, PLACE_WORDS, SYNONYMS, prompt
-from .world import MATERIALS, PLACES, SIDE, draw_scene, draw_subject
+from .world import MATERIALS, PLACES, SIDE, Scene, draw_scene, draw_subject, trained_places
 
-PLAN = Plan(samples=300_000, batch=16, rate=2e-3, warm_up=50, ema=0.99, muon=3e-3)
+PLAN = Plan(samples=500_000, batch=16, rate=2e-3, warm_up=50, ema=0.99, muon=3e-3)
 GATE_RATE = 10.0
 """Of the gates, as a multiple of the plan's rate: they start near 0 and must get to the order of 1."""
 
@@ -58,6 +61,9 @@ EMPHASIS = 3.0
 MOST_WEIGHT = 8.0
 """See `early_weights`."""
 
+SHAPED_SHARE, SHAPES = 0.25, 0.3
+"""Of a batch's rows: so many are pairs that differ in shape alone, and the weight of their loss."""
+
 _REFITTED = 2048
 """Rows from which a projector is refitted."""
 _RIDGE = 0.01
@@ -65,23 +71,21 @@ _RIDGE = 0.01
 _SIZE = SIDE // 8
 _SHOWN = 8
 
+_painted = functools.lru_cache(maxsize=64)(paint)
+"""Each picture of a pair is needed more than once; its arrays are not written to."""
 
-class _Pairs(Dataset[dict[str, Any]]):
-    """Pairs of pictures of one subject, with what is said of the target; pair after pair, all over again at the end."""
 
-    def __init__(self, start: int, end: int, pairs: int) -> None:
-        self._numbers = range(start, end)
-        self._pairs = pairs
+class _Rows(Dataset[dict[str, Any]]):
+    """Rows by their number: a reference and a target from the training pictures, all over again at their end."""
+
+    def __init__(self, targets: int) -> None:
+        self._targets = targets
         self._tokenizer = SentencePieceProcessor(model_proto=tokenizer_file())
 
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        number = self._numbers[index]
-        pair = number % self._pairs
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        subject = number % self._targets
         rng = random.Random(f"pair {number}")
-        reference, target = 2 * pair, 2 * pair + 1
+        reference, target = 2 * subject, 2 * subject + 1
         if scene_of(target).material is None and rng.random() < 0.5:
             reference, target = target, reference
         asked = scene_of(target)
@@ -94,18 +98,51 @@ class _Pairs(Dataset[dict[str, Any]]):
         told = prompt(word, asked.place, material, rng)
         silent = asked.material is not None and rng.random() < SILENT_SHARE
         text = prompt(word, asked.place, None, rng) if silent else told
-        picture, mask = paint(scene_of(reference))
-        return {
-            "reference": reference,
-            "target": target,
-            "pixels": reference_pixels(picture, mask),
-            "reference_mask": torch.from_numpy(mask),
-            "mask": latent_mask(paint(asked)[1]),
-            "ids": prompt_ids(self._tokenizer, word, told),
-            "text": fill_template(PROMPT_TEMPLATE, word, text),
-            "word": word,
-            "strength": strength,
-        }
+        row = _row(self._tokenizer, scene_of(reference), word, told, text, strength)
+        return {**row, "reference": reference, "target": target, "mask": latent_mask(paint(asked)[1])}
+
+
+class _ShapedRows(Dataset[dict[str, Any]]):
+    """Rows by their number; 2i and 2i+1 differ in their subject's shape alone, in the reference as in the target.
+
+    Both have one mask, all that either of them covers: their own would tell the UNet of the shape.
+    """
+
+    def __init__(self) -> None:
+        self._tokenizer = SentencePieceProcessor(model_proto=tokenizer_file())
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        rng = random.Random(f"shapes {number // 2}")
+        targets = shape_pair(rng)
+        asked = targets[number % 2]
+        word = rng.choice(SYNONYMS[asked.subject.name])
+        told = prompt(word, asked.place, asked.material, rng)
+        strength = rng.uniform(*YIELDING) if asked.material else 1.0
+        reference = draw_scene(rng, asked.subject, rng.choice([None, *trained_places(asked.subject.name)]))
+        row = _row(self._tokenizer, reference, word, told, told, strength)
+        pictures = [to_tensor(_painted(scene)[0]) for scene in (reference, asked)]
+        either = _painted(targets[0])[1] | _painted(targets[1])[1]
+        return {**row, "reference": pictures[0], "target": pictures[1], "mask": latent_mask(either)}
+
+
+def _row(
+    tokenizer: SentencePieceProcessor, reference: Scene, word: str, told: str, text: str, strength: float
+) -> dict[str, Any]:
+    """What a row says of its reference: the language model is told one thing, the text encoder maybe another."""
+    picture, mask = _painted(reference)
+    return {
+        "pixels": reference_pixels(picture, mask),
+        "reference_mask": torch.from_numpy(mask),
+        "ids": prompt_ids(tokenizer, word, told),
+        "text": fill_template(PROMPT_TEMPLATE, word, text),
+        "word": word,
+        "strength": strength,
+    }
+
+
+def _batches(rows: Dataset[dict[str, Any]], numbers: Iterable[range]) -> Iterator[dict[str, Any]]:
+    """Batch after batch of the rows with these numbers."""
+    return iter(DataLoader(rows, batch_sampler=map(list, numbers), collate_fn=_together))
 
 
 def early_weights(steps: Tensor) -> Tensor:
@@ -150,15 +187,29 @@ def train(
     frozen = FrozenUnet(base.unet, signal_shares(), torch.float32)
     with torch.no_grad():
         nothing = base.encode([""], device)
-    pairs = _Pairs(training.seen, plan.samples + plan.batch, len(latents) // 2)
-    source = iter(DataLoader(pairs, batch_size=plan.batch, collate_fn=_together))
+    shaped = 2 * int(plan.batch * SHAPED_SHARE / 2)
+    usual = plan.batch - shaped
+    starts = range(training.seen, plan.samples + plan.batch, plan.batch)
+    source = _batches(_Rows(len(latents) // 2), [range(at, at + usual) for at in starts])
+    of_shapes = _batches(_ShapedRows(), [range(at, at + shaped) for at in starts])
 
     def loss_of_batch(_: int) -> Tensor:
         rows = next(source)
-        steps = draw_steps(plan.batch).to(device)
+        steps = draw_steps(usual).to(device)
+        targets, references = (latents.take(rows[name]).to(device) for name in ("target", "reference"))
         with torch.autocast(device.type, torch.bfloat16):
-            samples = _samples(rows, base, reader, latents, device)
-            return loss_of(frozen, adapter, samples, steps, nothing, early_weights(steps), EMPHASIS)
+            samples = _samples(rows, targets, references, base, reader)
+            loss = loss_of(frozen, adapter, samples, steps, nothing, early_weights(steps), EMPHASIS)
+        return loss + SHAPES * shape_loss(next(of_shapes)) if shaped else loss
+
+    def shape_loss(rows: dict[str, Any]) -> Tensor:
+        steps = pair_steps(shaped // 2).to(device)
+        targets, references = (latents.encoded(rows[name], vae, device) for name in ("target", "reference"))
+        noise = pair_noise(targets)
+        with torch.autocast(device.type, torch.bfloat16):
+            samples = _samples(rows, targets, references, base, reader)
+            errors = squared_errors(frozen, adapter, samples, steps, nothing, noise)
+        return pair_loss(errors, targets, frozen.shares.to(device)[steps])
 
     training.run(loss_of_batch, lambda: _show(training, base, reader, latents, vae, folder))
     return training.averaged_module()
@@ -176,8 +227,9 @@ def refitted(start: Start, before: SubjectReader, reader: SubjectReader) -> Star
         before: The language model that it knows, with its mapping.
         reader: The one that it is for.
     """
-    pairs = DataLoader(_Pairs(0, _REFITTED, _REFITTED), batch_size=PLAN.batch, collate_fn=_together)
-    said = [tuple(each(rows["pixels"], rows["ids"]) for each in (before, reader)) for rows in pairs]
+    numbers = [range(at, at + PLAN.batch) for at in range(0, _REFITTED, PLAN.batch)]
+    source = _batches(_Rows(_REFITTED), numbers)
+    said = [tuple(each(rows["pixels"], rows["ids"]) for each in (before, reader)) for rows in source]
     known, now = (torch.cat(part).double().cpu() for part in zip(*said, strict=True))
     name = "weights.projector.proj.weight"
     tokens = known @ start.weights[name].double().T
@@ -190,14 +242,16 @@ def refitted(start: Start, before: SubjectReader, reader: SubjectReader) -> Star
 
 @torch.no_grad()
 def _samples(
-    rows: dict[str, Any], base: TextToImage, reader: SubjectReader, latents: Latents, device: torch.device
+    rows: dict[str, Any], targets: Tensor, references: Tensor, base: TextToImage, reader: SubjectReader
 ) -> Samples:
+    """What `rows` and their pictures' latents are for the UNet."""
+    device = targets.device
     return Samples(
-        clean=latents.take(rows["target"]).to(device),
+        clean=targets,
         masks=rows["mask"].to(device),
         texts=base.encode(rows["text"], device).float(),
         hidden=reader.hidden(rows["pixels"].to(device), rows["ids"]).float(),
-        references=latents.take(rows["reference"]).to(device),
+        references=references,
         reference_masks=rows["reference_mask"].to(device),
         words=base.encode(rows["word"], device).float(),
         strengths=rows["strength"].to(device, torch.float32),

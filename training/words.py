@@ -39,39 +39,75 @@ _PATTERNS = {"stripes": "stripes", "bars": "bars", "dots": "dots", "check": "che
 _HUES = (("red", 0.0), ("orange", 0.08), ("yellow", 0.16), ("green", 0.33), ("cyan", 0.5), ("blue", 0.63))
 _MORE_HUES = (*_HUES, ("purple", 0.77), ("pink", 0.9), ("red", 1.0))
 
+SHAPE_WORDS = {
+    "cup": (("tapered", "straight"), ("high-handled", "low-handled")),
+    "car": (("upright", "sloping"), ("low-roofed", "high-roofed")),
+    "house": (("low-roofed", "high-roofed"), ("pointed", "wide-ridged")),
+    "robot": (("small-headed", "large-headed"), ("short-armed", "long-armed")),
+    "boat": (("narrow-sailed", "wide-sailed"), ("narrow-hulled", "wide-hulled")),
+    "fish": (("small-tailed", "large-tailed"), ("slim", "round")),
+    "bag": (("narrow-topped", "wide-topped"), ("high-handled", "low-handled")),
+    "hat": (("low-crowned", "high-crowned"), ("narrow-topped", "wide-topped")),
+}
+"""For both numbers of a class's shape: what it is called near 0 and near 1."""
+_MEDIUM = 0.15
+"""How far from its middle a number of the shape is before it is said."""
+_SHAPED_SHARE, _LOOK_SHARE = 0.4, 0.25
+"""Of the captions: so many tell of the shape, and so many of the colours and the pattern of what is of no material."""
 
-def caption(scene: Scene, rng: random.Random) -> str:
+
+def caption(scene: Scene, rng: random.Random, shaped_share: float = _SHAPED_SHARE) -> str:
     """One of the many ways to say what is seen.
 
     Half of them have the form in which MoMA's nodes encode a prompt, `photo of a {word}. {prompt}`; a few are the bare
-    word, as for the reference, and some name colours and pattern.
+    word, as for the reference; some name the shape, colours and pattern.
     """
     word = rng.choice(SYNONYMS[scene.subject.name])
     way = rng.random()
     if way < 0.06:
         return word
-    told = prompt(word, scene.place, scene.material, rng, described(scene.subject) if rng.random() < 0.25 else None)
+    told = prompt(word, scene.place, scene.material, rng, _look(scene, rng, shaped_share))
     return f"photo of a {word}. {told}" if way < 0.6 else told
 
 
+def _look(scene: Scene, rng: random.Random, shaped_share: float) -> tuple[str, str]:
+    """What a caption says of a subject's look before and after the word for it, by chance; see `prompt`."""
+    before, after = "", ""
+    if scene.material is None and rng.random() < _LOOK_SHARE:
+        before, after = described(scene.subject)
+    if rng.random() < shaped_share:
+        before = shaped(scene.subject) + before
+    return before, after
+
+
 def prompt(
-    word: str, place: str | None, material: str | None, rng: random.Random, look: tuple[str, str] | None = None
+    word: str, place: str | None, material: str | None, rng: random.Random, look: tuple[str, str] = ("", "")
 ) -> str:
     """A sentence such as `A cup made of wood on the beach.`
 
     Args:
-        look: What stands before and after the word where colours and pattern are named, see `described`.
+        look: What stands before and after the word where the subject's look is told, see `shaped` and `described`.
     """
-    before, after = ("", "") if material or look is None else look
+    before, after = look
     made = rng.choice(MATERIAL_WORDS[material]) if material else ""
     if material and " " not in made:
-        before, made = made + " ", ""
-    article = rng.choice(("a", "a", "the", "this")) if not before else "an" if before[0] in "aeio" else "a"
+        before, made = f"{made} {before}", ""
+    article = rng.choice(("a", "a", "the", "this")) if not before else "an" if before[0] in "aeiou" else "a"
     where = rng.choice(_PAPER if place is None else PLACE_WORDS[place])
     where = "" if place is None and rng.random() < 0.5 else " " + where
     thing = f"{article} {before}{word}{' ' + made if made else ''}{after}{where}"
     opening = rng.choice(("", "", "", "a photo of ", "a picture of "))
     return (opening + thing)[0].upper() + (opening + thing)[1:] + rng.choice((".", ".", ""))
+
+
+def shaped(subject: Subject) -> str:
+    """Words for a subject's shape, for before the word for it: `"low-crowned wide-topped "`; none for what is medium.
+
+    They stand before the word as in CLIP's text encoder a token knows only of those before it, and the UNet attends to
+    the word all over the thing.
+    """
+    said = zip(subject.shape, SHAPE_WORDS[subject.name], strict=True)
+    return "".join(f"{words[value > 0.5]} " for value, words in said if abs(value - 0.5) > _MEDIUM)
 
 
 def described(subject: Subject) -> tuple[str, str]:

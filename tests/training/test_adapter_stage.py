@@ -16,7 +16,7 @@ from comfyui_moma.training.adapter_stage import Factors, FrozenUnet, Samples, fa
 from comfyui_moma.training.adapter_weights import TrainableAdapter, first_weights, save_adapter
 from comfyui_moma.training.diffusion import signal_shares
 from comfyui_moma.training.loop import Plan, Training
-from comfyui_moma.training.words import MATERIAL_WORDS
+from comfyui_moma.training.words import MATERIAL_WORDS, SHAPE_WORDS
 from random_stages import RandomStages, random_latents
 
 from workbench import ROOT
@@ -234,7 +234,9 @@ def _trained(stages: RandomStages, folder: Path, until: int = 100) -> dict[str, 
                 raise KeyboardInterrupt
             return latents.take(numbers)
 
-    plan = Plan(samples=6, batch=2, rate=1e-3, warm_up=1)
+        encoded = latents.encoded
+
+    plan = Plan(samples=18, batch=6, rate=1e-3, warm_up=1)  # Two of six rows are a pair that differs in shape.
     trained = small_adapter.train(folder, stages.base, stages.reader, Killing(), stages.vae, CPU, plan)
     return trained.state_dict()
 
@@ -259,7 +261,7 @@ def test_the_small_stage_that_was_killed_goes_on_as_if_it_had_not_been(
 def test_the_pairs_show_one_subject_and_say_what_the_target_shows() -> None:
     """But for those whose own look overrules the prompt, at strengths at which no other yields to it; and of some that
     are made of something only the language model is told."""
-    pairs = small_adapter._Pairs(0, 60, 30)
+    pairs = small_adapter._Rows(30)
     (lowest, yields), (overrules, _) = small_adapter.YIELDING, small_adapter.OVERRULING
     assert lowest < small_adapter.TEXTURE_STRENGTH < yields < overrules
     swapped, overruled, yielding, silent = 0, 0, 0, 0
@@ -286,6 +288,24 @@ def test_the_pairs_show_one_subject_and_say_what_the_target_shows() -> None:
     assert pairs[3]["ids"] == pairs[3]["ids"]  # The same each time.
 
 
+def test_shaped_rows_differ_in_their_subjects_shape_and_in_nothing_else_that_could_tell_of_it() -> None:
+    rows = small_adapter._ShapedRows()
+    for number in range(0, 24, 2):
+        one, other = rows[number], rows[number + 1]
+        assert torch.equal(one["mask"], other["mask"])
+        for key in ("ids", "text", "word", "strength"):
+            assert one[key] == other[key], key
+        assert not any(f" {word} " in one["text"] for ways in SHAPE_WORDS.values() for pair in ways for word in pair)
+        for key in ("reference", "target"):
+            differs = (one[key] != other[key]).any(dim=0).float()
+            assert 0 < float(differs.mean()) < 0.5, key
+        beyond = (one["target"] != other["target"]).any(dim=0).float()[None] * (
+            torch.nn.functional.interpolate(one["mask"][None, None], 128)[0] == 0
+        )
+        assert float(beyond.mean()) < 0.005, "all that differs is under the mask of both"
+    assert not torch.equal(rows[0]["pixels"], rows[1]["pixels"])
+
+
 def test_an_adapter_keeps_its_image_tokens_where_the_language_model_says_the_same_in_other_words(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -304,7 +324,7 @@ def test_an_adapter_keeps_its_image_tokens_where_the_language_model_says_the_sam
     assert after.seen == before.seen
     changed = {name for name, value in after.weights.items() if not torch.equal(value, before.weights[name])}
     assert changed == {"weights.projector.proj.weight", "weights.mapping.down_proj.weight"}
-    rows = small_adapter._together([small_adapter._Pairs(500, 516, 516)[i] for i in range(16)])
+    rows = small_adapter._together([small_adapter._Rows(516)[i] for i in range(500, 516)])
     old, new = (TrainableAdapter(read_adapter(ROOT / "weights" / ADAPTER)) for _ in range(2))
     new.load_state_dict(after.weights)
     with torch.no_grad():

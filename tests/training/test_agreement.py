@@ -35,7 +35,16 @@ NAMES = {
 
 
 def read(distance: float, sure: float) -> Read:
-    return Read(found=distance < 1, distance=distance, aimed=sure > 0.5, sure=sure, kind=True, shape=0.1, overlap=None)
+    return Read(
+        found=distance < 1,
+        distance=distance,
+        aimed=sure > 0.5,
+        sure=sure,
+        kind=True,
+        shape=0.1,
+        shapes=(0, 0),
+        overlap=None,
+    )
 
 
 def world(follow: bool) -> tuple[Evaluation, dict[Setting, list[Read]]]:

@@ -1,6 +1,7 @@
 """The small world and the loop that trains on it."""
 
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from comfyui_moma.training import data, description, diffusion, language, vae, v
 from comfyui_moma.training.latents import SPREAD, Latents
 from comfyui_moma.training.loop import Plan, Start, Training, samples_seen
 from comfyui_moma.training.painter import paint
+from comfyui_moma.training.shapes import pair_loss, pair_noise, pair_steps, shape_pair, with_shape
 from comfyui_moma.training.world import CLASSES, HELD_OUT_PLACES, MATERIALS, PLACES, draw_scene, draw_subject
 
 pytestmark = pytest.mark.newest
@@ -71,6 +73,47 @@ def test_a_caption_names_the_class_the_place_and_the_material() -> None:
         for name, ways in words.MATERIAL_WORDS.items():
             assert any(f" {way}" in text for way in ways) == (scene.material == name), (text, scene)
     assert 0 < bare < 60
+
+
+def test_a_shape_is_said_before_the_word_where_it_is_not_medium() -> None:
+    told = {0.1: 0, 0.9: 1, 0.5: None}
+    for number in range(200):
+        scene = data.scene_of(number)
+        name = scene.subject.name
+        for first in told:
+            shown = with_shape(scene, (first, 0.9))
+            text = words.caption(shown, random.Random(number), shaped_share=1).lower()
+            if text in words.SYNONYMS[name]:
+                continue
+            said = [word for word in words.SHAPE_WORDS[name][0] if re.search(rf"\b{word} ", text)]
+            assert said == ([] if told[first] is None else [words.SHAPE_WORDS[name][0][told[first]]]), text
+            assert re.search(rf"{words.SHAPE_WORDS[name][1][1]} .*\b({'|'.join(words.SYNONYMS[name])})\b", text), text
+            assert not scene.material or any(way in text for way in words.MATERIAL_WORDS[scene.material]), text
+
+
+def test_a_pair_of_shapes_is_one_scene_that_training_may_see() -> None:
+    for i in range(100):
+        one, other = shape_pair(random.Random(i))
+        assert with_shape(one, other.subject.shape) == other
+        apart = [abs(a - b) for a, b in zip(one.subject.shape, other.subject.shape, strict=True)]
+        assert max(apart) >= 0.5 and all(distance == 0 or distance >= 0.5 for distance in apart)
+        assert not one.subject.held_out and one.place != HELD_OUT_PLACES[one.subject.name]
+
+
+def test_a_pair_has_one_noise_and_counts_the_picture_s_errors_where_it_differs() -> None:
+    clean = torch.zeros(4, 4, 8, 8)
+    clean[0, :, :4], clean[3, :, :, :2] = 1, 1
+    noise, steps = pair_noise(clean), pair_steps(2)
+    assert torch.equal(noise[::2], noise[1::2]) and not torch.equal(noise[0], noise[2])
+    assert torch.equal(steps[::2], steps[1::2]) and int(steps.min()) >= 600
+    where = {}
+    for name, place in (("differs", (0, slice(None), slice(0, 4))), ("same", (0, slice(None), slice(4, 8)))):
+        errors = torch.zeros_like(clean)
+        errors[place] = 1
+        where[name] = [float(pair_loss(errors, clean, torch.full((4,), share))) for share in (0.5, 0.1, 0.01)]
+    assert where["differs"][0] == pytest.approx(2.1 / 8) and where["same"][0] == pytest.approx(0.1 / 8)
+    assert where["differs"][1] == pytest.approx(9 * where["differs"][0], rel=1e-5)
+    assert where["differs"][2] == pytest.approx(20 * where["differs"][0], rel=1e-5), "no more than that"
 
 
 class _Line(torch.nn.Module):
