@@ -34,7 +34,7 @@ def test_one_command_makes_every_file_from_nothing(tmp_path: Path) -> None:
     published = read_back(files)
     assert published is not None
     seen = {name: getattr(published, name).seen for name in ("vae", "diffusion", "vision", "language", "adapter")}
-    assert seen == {"vae": 16, "diffusion": 128, "vision": 32, "language": 128, "adapter": 32}
+    assert seen == {"vae": 16, "diffusion": 128, "vision": 32, "language": 128, "adapter": 64}
     load_mini_checkpoint(files / CHECKPOINT)
     mllm, adapter = load_mllm(files / MLLM, "fp32"), load_adapter(files / ADAPTER)
     assert mllm.hidden_size == adapter.sizes.hidden
