@@ -42,7 +42,7 @@ PLAN = Plan(samples=1_000_000, batch=32, rate=1.5e-3, warm_up=50, ema=0.995, muo
 LOCALISED = 0.1
 """Weight of the loss that asks the attention to the class's word all over the thing, see `localised.py`."""
 
-SHAPED_SHARE, SHAPES = 0.625, 0.2
+SHAPED_SHARE, SHAPES = 0.25, 0.1
 """Of a batch's rows: so many are pairs that differ in shape alone, see `shapes.py`, and the weight of their loss."""
 
 _NO_TEXT = 0.1
@@ -131,7 +131,7 @@ def train(
 
     Args:
         latents: Of the training pictures.
-        vae: Decodes the sample sheet.
+        vae: Encodes the pairs that differ in shape, and decodes the sample sheet.
     """
     torch.manual_seed(0)
     training = Training(TextToImage(), plan, folder, device, start=start)
@@ -167,7 +167,7 @@ def train(
 
 
 def _told_pair(rng: random.Random) -> list[tuple[Scene, str]]:
-    """Two scenes that differ in a shape alone, and what is said of each: that, and all else in the same words."""
+    """Two scenes that differ in a shape alone, and what is said of each: of the shape too, unless it is a bare word."""
     scenes, seed = shape_pair(rng), rng.random()
     return [(scene, caption(scene, random.Random(seed), shaped_share=1)) for scene in scenes]
 

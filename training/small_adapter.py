@@ -1,4 +1,4 @@
-"""Stage 6: the adapter of the small world, on the frozen stages before it.
+"""Stage 5: the adapter of the small world, on the frozen stages before it.
 
 Its rows have two pictures of one subject: a reference that shows it as it is, and a target elsewhere or made of
 something. Some rows come in pairs that differ in the subject's shape alone, see `shapes.py`. Masks are the painter's.
@@ -175,7 +175,7 @@ def train(
         base: Frozen.
         reader: Frozen but for its mapping, from which the adapter's starts.
         latents: Of the training pictures.
-        vae: For the sample sheets.
+        vae: For the pairs that differ in shape, and the sample sheets.
     """
     torch.manual_seed(0)
     hidden_size = reader.mapping.gate_proj.in_features

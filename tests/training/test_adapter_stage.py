@@ -11,7 +11,7 @@ from comfyui_moma.moma_modules.adapter.file import read_adapter
 from comfyui_moma.moma_modules.adapter.loading import load_adapter
 from comfyui_moma.moma_modules.mllm.encode import IMAGE_TOKEN
 from comfyui_moma.moma_modules.subject.subject import Subject
-from comfyui_moma.training import adapter_stage, data, export, language, loop, small_adapter, validation
+from comfyui_moma.training import adapter_stage, data, diffusion, export, language, loop, small_adapter, validation
 from comfyui_moma.training.adapter_stage import Factors, FrozenUnet, Samples, factors_of
 from comfyui_moma.training.adapter_weights import TrainableAdapter, first_weights, save_adapter
 from comfyui_moma.training.diffusion import signal_shares
@@ -216,7 +216,7 @@ def stages() -> RandomStages:
 
 
 def _trained(stages: RandomStages, folder: Path, until: int = 100) -> dict[str, torch.Tensor]:
-    """The small world's last stage for six samples; killed when it asks for batch number `until`."""
+    """The small world's last stage for three batches; killed when it asks for batch number `until`."""
     folder.mkdir(exist_ok=True)
     latents = random_latents(folder)
     taken = 0
@@ -236,7 +236,7 @@ def _trained(stages: RandomStages, folder: Path, until: int = 100) -> dict[str, 
 
         encoded = latents.encoded
 
-    plan = Plan(samples=18, batch=6, rate=1e-3, warm_up=1)  # Two of six rows are a pair that differs in shape.
+    plan = Plan(samples=24, batch=8, rate=1e-3, warm_up=1)  # Two of eight rows are a pair that differs in shape.
     trained = small_adapter.train(folder, stages.base, stages.reader, Killing(), stages.vae, CPU, plan)
     return trained.state_dict()
 
@@ -286,6 +286,29 @@ def test_the_pairs_show_one_subject_and_say_what_the_target_shows() -> None:
         swapped += row["target"] % 2 == 0
     assert yielding > 5 and overruled > 5 and 10 < swapped < 50 and 0 < silent < yielding / 2
     assert pairs[3]["ids"] == pairs[3]["ids"]  # The same each time.
+
+
+@pytest.mark.parametrize("stage", [diffusion, small_adapter])
+def test_pairs_of_shapes_are_part_of_what_a_stage_learns_from(
+    stage: Any, stages: RandomStages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small_adapter, "_show", lambda *_: None)
+    monkeypatch.setattr(diffusion, "_sheet", lambda *_: None)
+    plan = Plan(samples=8, batch=8, rate=1e-3, warm_up=1)
+
+    def trained(weight: float) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr(stage, "SHAPES", weight)
+        folder = tmp_path / f"{weight:g}"
+        folder.mkdir()
+        latents = random_latents(folder)
+        others = (stages.base, stages.reader) if stage is small_adapter else ()
+        state: dict[str, torch.Tensor] = stage.train(folder, *others, latents, stages.vae, CPU, plan).state_dict()
+        return state
+
+    without, again, with_pairs = trained(0.0), trained(1e-9), trained(1.0)
+    learnt = [name for name in without if not torch.allclose(without[name], with_pairs[name], rtol=0, atol=1e-5)]
+    same = [name for name in without if torch.allclose(without[name], again[name], rtol=0, atol=1e-5)]
+    assert len(learnt) > 20 and len(same) > len(without) - len(learnt) / 2, (len(learnt), len(same), len(without))
 
 
 def test_shaped_rows_differ_in_their_subjects_shape_and_in_nothing_else_that_could_tell_of_it() -> None:
