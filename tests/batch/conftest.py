@@ -1,5 +1,6 @@
 """A run of `moma_batch` as a user starts it, on stand-ins for ComfyUI that can fail."""
 
+import contextlib
 import csv
 import json
 import os
@@ -93,9 +94,10 @@ class Place:
         """The servers of our own that run, by their process ids."""
         found = []
         for file in self.out.glob("workers/*/pid"):
-            pid = int(file.read_text(encoding="utf-8").split()[0])
-            if alive(pid):
-                found.append(pid)
+            with contextlib.suppress(OSError, IndexError):  # its guard removes it, or has only begun to write it
+                pid = int(file.read_text(encoding="utf-8").split()[0])
+                if alive(pid):
+                    found.append(pid)
         return found
 
     def wait(self, condition: Callable[[], bool]) -> None:
@@ -134,4 +136,5 @@ def place(tmp_path: Path) -> Iterator[Place]:
         server.kill()
         server.wait()
     for pid in made.running():
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

@@ -80,8 +80,11 @@ def kill_at_random(place: Any, count: int, kills: int, seed: int) -> int:
         elif running:
             pid = chance.choice(running)
             if victim == "guard":
-                stat = Path(f"/proc/{pid}/stat")
-                pid = int(stat.read_text(encoding="utf-8").rpartition(")")[2].split()[1]) if stat.is_file() else 0
+                try:
+                    stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+                except OSError:  # it has ended by now
+                    continue
+                pid = int(stat.rpartition(")")[2].split()[1])
             if pid > 1 and pid != process.pid:
                 lost += 1
                 with contextlib.suppress(ProcessLookupError):
