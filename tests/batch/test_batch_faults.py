@@ -131,6 +131,14 @@ def test_a_killed_driver_leaves_no_comfyui_behind(place: Any) -> None:
     place.wait(lambda: not place.running())
 
 
+def test_a_pid_file_that_is_being_written_or_removed_is_no_server(place: Any) -> None:
+    for name in ("1", "2"):
+        (place.out / "workers" / name).mkdir(parents=True)
+    (place.out / "workers" / "1" / "pid").write_text("", encoding="utf-8")
+    (place.out / "workers" / "2" / "pid").symlink_to("removed")
+    assert place.running() == []
+
+
 def test_what_a_killed_driver_had_queued_is_not_run_twice(place: Any) -> None:
     """The server is not the driver's, and goes on; the next driver takes what it made."""
     url, _ = place.server()
